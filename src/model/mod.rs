@@ -1,0 +1,13 @@
+//! Plain values that every layer shares: names, specs, signals, exit reasons, what is saved and what is shown.
+//!
+//! No I/O, no clock, no randomness. The types derive serde so that the state file, the blob and the command line's
+//! protocol carry the same values instead of three mirrors of sixty fields; fixtures keep old formats loadable.
+
+pub mod exit;
+pub mod id;
+pub mod moment;
+pub mod saved;
+pub mod signal;
+pub mod spec;
+pub mod spelling;
+pub mod status;
