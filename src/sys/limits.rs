@@ -1,0 +1,52 @@
+//! Resource limits and oom_score_adj: ours, and those we were started with.
+
+use std::io;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// One resource limit for setrlimit(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    /// RLIMIT_… number.
+    pub resource: u32,
+    /// What the kernel enforces; `u64::MAX` is no limit.
+    pub soft: u64,
+    /// How far the process itself may raise the soft limit.
+    pub hard: u64,
+}
+
+/// The limit on open descriptors of this process.
+///
+/// # Errors
+/// See getrlimit(2).
+pub fn open_files() -> io::Result<Limit> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(Limit { resource: libc::RLIMIT_NOFILE, soft, hard })
+}
+
+/// Raises the limit on open descriptors to the hard limit and returns the limit as it was before.
+///
+/// # Errors
+/// See setrlimit(2).
+pub fn raise_open_files() -> io::Result<Limit> {
+    let before = open_files()?;
+    setrlimit(Resource::RLIMIT_NOFILE, before.hard, before.hard)?;
+    Ok(before)
+}
+
+/// How eagerly the out-of-memory killer picks this process: -1000 never, 1000 first.
+///
+/// # Errors
+/// See proc(5).
+pub fn oom_score_adj() -> io::Result<i32> {
+    let text = std::fs::read_to_string("/proc/self/oom_score_adj")?;
+    text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "oom_score_adj is no number"))
+}
+
+/// Sets [`oom_score_adj`]; children inherit it.
+///
+/// # Errors
+/// EACCES when it is lowered without CAP_SYS_RESOURCE.
+pub fn set_oom_score_adj(value: i32) -> io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", value.to_string())
+}

@@ -1,0 +1,124 @@
+//! The pipes and socket pairs between us and an application.
+//!
+//! O_NONBLOCK belongs to the open file description, so only ends that stay with us ever get it: an application that
+//! inherited it would lose output on EAGAIN.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::fcntl::OFlag;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::pipe2;
+
+/// A pipe for an application's stdout or stderr: our reading end (non-blocking), its writing end (blocking).
+///
+/// The writing end is opened for reading too, so that the application is a reader of its own output and never dies of
+/// EPIPE while nobody else reads. Its end of stream therefore is: process gone and pipe drained. Both are CLOEXEC.
+///
+/// # Errors
+/// See pipe(2); EMFILE and ENFILE.
+pub fn pipe_for_output() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    // Opening through /proc gives a description of its own, with its own flags.
+    let both = reopen(&writer, OpenOptions::new().read(true).write(true))?;
+    let reader = reopen(&reader, OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK))?;
+    Ok((reader, both))
+}
+
+/// A pipe for an application's stdin: its reading end, and our writing end (non-blocking). While somebody holds the
+/// writing end and writes nothing, stdin is open and silent. Both are CLOEXEC.
+///
+/// # Errors
+/// See pipe(2); EMFILE and ENFILE.
+pub fn stdin_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    let writer = reopen(&writer, OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK))?;
+    Ok((reader, writer))
+}
+
+/// A pipe on which an application says that it is ready: the application's end (blocking), ours (non-blocking).
+///
+/// # Errors
+/// See pipe2(2); EMFILE and ENFILE.
+pub fn ready_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    set_nonblocking(&reader)?;
+    Ok((writer, reader))
+}
+
+/// The two ends of a Node channel (AF_UNIX, SOCK_STREAM, CLOEXEC): ours (non-blocking), the application's (blocking,
+/// until its runtime decides otherwise).
+///
+/// # Errors
+/// See socketpair(2); EMFILE and ENFILE.
+pub fn channel_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+    set_nonblocking(&ours)?;
+    Ok((ours, theirs))
+}
+
+/// The two ends of a packet socket (AF_UNIX, SOCK_SEQPACKET, CLOEXEC), both blocking.
+///
+/// # Errors
+/// See socketpair(2); EMFILE and ENFILE.
+pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// Makes reads and writes on this open file description return instead of waiting.
+///
+/// # Errors
+/// See fcntl(2).
+pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+fn reopen(fd: &OwnedFd, how: &OpenOptions) -> io::Result<OwnedFd> {
+    Ok(how.open(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+    use nix::fcntl::{FcntlArg, fcntl};
+    use nix::unistd::{read, write};
+
+    use super::*;
+
+    fn is_nonblocking(fd: &OwnedFd) -> bool {
+        OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap()).contains(OFlag::O_NONBLOCK)
+    }
+
+    #[test]
+    fn only_our_end_is_nonblocking() {
+        let (ours, theirs) = pipe_for_output().unwrap();
+        assert!(is_nonblocking(&ours) && !is_nonblocking(&theirs));
+        let (theirs, ours) = stdin_pipe().unwrap();
+        assert!(is_nonblocking(&ours) && !is_nonblocking(&theirs));
+        let (ours, theirs) = channel_pair().unwrap();
+        assert!(is_nonblocking(&ours) && !is_nonblocking(&theirs));
+    }
+
+    #[test]
+    fn output_survives_its_reader() {
+        let (ours, theirs) = pipe_for_output().unwrap();
+        drop(ours);
+        assert_eq!(write(&theirs, b"nobody reads this"), Ok(17), "no EPIPE: the writer is a reader too");
+    }
+
+    #[test]
+    fn output_is_read_without_waiting() {
+        let (ours, theirs) = pipe_for_output().unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!(read(&ours, &mut buffer), Err(Errno::EAGAIN));
+        write(&theirs, b"line").unwrap();
+        assert_eq!(read(&ours, &mut buffer), Ok(4));
+        drop(theirs);
+        assert_eq!(read(&ours, &mut buffer), Ok(0), "end of stream once the application is gone");
+    }
+}
