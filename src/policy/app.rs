@@ -1,0 +1,463 @@
+//! The actual state of one app: its slots, their runs, and what they need without anybody asking.
+//!
+//! `upkeep` brings what is nearer to what is wanted: it ends runs that are not meant to be, and starts the successor of
+//! a run when its pause is over and the last process of its tree is gone. Operations (`operation`) change what is
+//! wanted, and hold slots back while they act on them themselves.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
+use crate::model::moment::Moment;
+use crate::model::saved::Desired;
+use crate::model::spec::{AppSpec, ListenSpec};
+
+use super::admit::{Ask, Kind};
+use super::batch::{RequestKey, Requests};
+use super::instance::{Phase, Run, START_SETTLE};
+use super::ledger::{After, Ledger, Serial};
+use super::operation::{Operation, Stage};
+use super::slot::{Rest, SlotState};
+use super::stop::{Cause, Descent};
+use super::vocabulary::{Action, IdleConnections, Step, StepKind};
+use super::wanted::{Change, slot_at, spec_of};
+
+/// What the apps of a fleet share in a turn.
+#[derive(Clone, Debug)]
+pub(super) struct Shared {
+    /// The time of this turn.
+    pub(super) now: Moment,
+    /// What is to be done, in order.
+    pub(super) actions: Vec<Action>,
+    pub(super) ledger: Ledger,
+    pub(super) requests: Requests,
+    /// Runs that wait for their turn to launch.
+    pub(super) queue: VecDeque<InstanceId>,
+    /// The next generation of slots that are no more.
+    pub(super) retired: BTreeMap<(AppName, Slot), u64>,
+    /// Requests of queued operations whose turn has come.
+    pub(super) due: Vec<(AppName, Vec<RequestKey>, Ask)>,
+    /// Everything is to go down.
+    pub(super) ending: bool,
+    pub(super) last_serial: u64,
+}
+
+impl Shared {
+    pub(super) fn new_serial(&mut self) -> Serial {
+        self.last_serial += 1;
+        Serial(self.last_serial)
+    }
+}
+
+/// An app as it is.
+#[derive(Clone, Debug)]
+pub(super) struct App {
+    pub(super) name: AppName,
+    pub(super) slots: BTreeMap<Slot, SlotState>,
+    pub(super) operation: Option<Operation>,
+    /// The one request that waits for the operation to end, and everybody who asked for it.
+    pub(super) next: Option<(Ask, Vec<RequestKey>)>,
+    /// Listeners may be open.
+    pub(super) listening: bool,
+    /// Steps of this turn that have not been reported yet.
+    pub(super) steps: Vec<Step>,
+    /// Kept by `refresh`, so that a turn looks at one number per app and not at every run of a large fleet.
+    pub(super) due: Option<Moment>,
+    /// Likewise: how many runs take a launch place.
+    pub(super) launching: usize,
+}
+
+impl App {
+    pub(super) fn new(name: AppName) -> Self {
+        Self {
+            name,
+            slots: BTreeMap::new(),
+            operation: None,
+            next: None,
+            listening: false,
+            steps: Vec::new(),
+            due: None,
+            launching: 0,
+        }
+    }
+
+    /// To be called after every change.
+    pub(super) fn refresh(&mut self, ending: bool) {
+        self.due = self.next_deadline(ending);
+        self.launching = self.runs().filter(|run| run.holds_launch_place()).count();
+    }
+
+    pub(super) fn runs(&self) -> impl Iterator<Item = &Run> {
+        self.slots.values().flat_map(|slot| &slot.runs)
+    }
+
+    pub(super) fn run_mut(&mut self, id: &InstanceId) -> Option<&mut Run> {
+        self.slots.get_mut(&id.slot)?.runs.iter_mut().find(|run| run.id == *id)
+    }
+
+    /// How many runs are in rotation.
+    pub(super) fn serving(&self) -> usize {
+        self.runs().filter(|run| run.is_ready()).count()
+    }
+
+    /// Whether nothing is left to remember.
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.is_empty() && self.operation.is_none() && self.next.is_none()
+    }
+
+    pub(super) fn step(&mut self, id: &InstanceId, pm_id: PmId, kind: StepKind) {
+        if self.operation.is_some() {
+            self.steps.push(Step { id: id.clone(), pm_id, kind });
+        }
+    }
+
+    /// Reports the steps of this turn to everybody who asked for the operation.
+    pub(super) fn flush_steps(&mut self, shared: &mut Shared) {
+        let steps = std::mem::take(&mut self.steps);
+        let Some(operation) = &self.operation else { return };
+        for step in steps {
+            for key in &operation.clients {
+                if let Some(op) = shared.requests.op(*key) {
+                    shared.actions.push(Action::Progress { op, step: step.clone() });
+                }
+            }
+        }
+    }
+
+    /// Brings the app as far as it gets in this turn.
+    pub(super) fn advance(&mut self, shared: &mut Shared) {
+        self.sync(shared);
+        self.note_ready(shared);
+        loop {
+            self.upkeep(shared);
+            if !self.drive(shared) {
+                break;
+            }
+        }
+        self.close_listeners_if_idle(shared);
+        self.flush_steps(shared);
+        self.steps.clear();
+    }
+
+    /// Every slot that is wanted has a state.
+    pub(super) fn sync(&mut self, shared: &Shared) {
+        let Some(app) = shared.ledger.wanted.app(&self.name) else { return };
+        for (index, saved) in app.slots.iter().enumerate() {
+            let slot = slot_at(index);
+            let state = self.slots.entry(slot).or_insert_with(|| {
+                let next = shared.retired.get(&(self.name.clone(), slot)).copied().unwrap_or(1);
+                let rest = match saved.desired {
+                    Desired::Running => Rest::Due,
+                    Desired::Stopped => Rest::Stopped,
+                };
+                SlotState::new(saved.pm_id, shared.now, rest, next)
+            });
+            // A slot that was given up and came back while its last run was still leaving has a new number.
+            state.pm_id = saved.pm_id;
+            // A pause that is over is no deadline any more, also where something else holds the start back.
+            if matches!(state.rest, Rest::Waiting { at } if at <= shared.now) {
+                state.rest = Rest::Due;
+            }
+        }
+    }
+
+    /// Puts runs into rotation that may be.
+    pub(super) fn note_ready(&mut self, shared: &mut Shared) {
+        let now = shared.now;
+        let mut ready = Vec::new();
+        for (slot, state) in &self.slots {
+            for run in &state.runs {
+                if run.is_ready_by_itself(now) && self.covers_keys_of_old(*slot, state, run) {
+                    ready.push(run.id.clone());
+                }
+            }
+        }
+        for id in ready {
+            let Some(run) = self.run_mut(&id) else { continue };
+            run.put_in(now);
+            let (pm_id, after) = (run.pm_id, now.since(run.since));
+            if run.spec.is_node_cluster() {
+                shared.actions.push(Action::PutIn { id: id.clone() });
+            }
+            self.step(&id, pm_id, StepKind::Ready { after });
+            self.became_ready(&id);
+        }
+    }
+
+    /// A new worker takes over only when it listens wherever the old one serves, unless the release changes that.
+    pub(super) fn covers_keys_of_old(&self, slot: Slot, state: &SlotState, run: &Run) -> bool {
+        if !run.spec.is_node_cluster() || !self.is_candidate(slot, run) {
+            return true;
+        }
+        state
+            .runs
+            .iter()
+            .filter(|old| {
+                old.is_ready() && old.revision != run.revision && !listens_differ(&old.spec, &run.spec)
+            })
+            .all(|old| old.keys.is_subset(&run.keys))
+    }
+
+    /// Ends what is not meant to be, starts what is.
+    pub(super) fn upkeep(&mut self, shared: &mut Shared) {
+        let slots: Vec<Slot> = self.slots.keys().copied().collect();
+        for slot in slots {
+            let desired = shared.ledger.wanted.slot(&self.name, slot).map(|saved| saved.desired);
+            match desired {
+                None => {
+                    self.stop_runs(slot, IdleConnections::Wait, shared, |_| true);
+                    if let Some(state) = self.slots.get(&slot)
+                        && state.runs.is_empty()
+                    {
+                        shared.retired.insert((self.name.clone(), slot), state.next_generation);
+                        self.slots.remove(&slot);
+                    }
+                }
+                Some(Desired::Stopped) => {
+                    self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
+                    if let Some(state) = self.slots.get_mut(&slot) {
+                        (state.rest, state.ended) = (Rest::Stopped, None);
+                    }
+                }
+                Some(Desired::Running) if shared.ending => {
+                    self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
+                }
+                Some(Desired::Running) => self.start_if_due(slot, shared),
+            }
+        }
+    }
+
+    fn start_if_due(&mut self, slot: Slot, shared: &mut Shared) {
+        // A stop wins from the moment it is asked for, also while its save is under way.
+        if let Some(operation) = &self.operation
+            && matches!(operation.kind, Kind::Stop | Kind::Delete)
+            && (operation.stage == Stage::Saving || operation.covers(slot))
+        {
+            return;
+        }
+        let Some(state) = self.slots.get_mut(&slot) else { return };
+        if !state.runs.is_empty() {
+            return;
+        }
+        // It was stopped, and is not meant to be any more, although what was to start it has been superseded.
+        if state.rest == Rest::Stopped && state.ended.is_none() {
+            state.rest = Rest::Due;
+        }
+        match state.rest {
+            Rest::Due => {}
+            Rest::Waiting { .. } | Rest::Stopped | Rest::Errored | Rest::Held => return,
+        }
+        let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
+        let Some(wanted) = saved.slots.get(slot.0 as usize) else { return };
+        // What the reload has not replaced yet goes on with what it had.
+        let revision = match &self.operation {
+            Some(operation)
+                if operation.kind == Kind::Reload
+                    && operation.stage != Stage::Saving
+                    && operation.covers(slot)
+                    && wanted.before != 0
+                    && !operation.replaced.contains(&slot) =>
+            {
+                wanted.before
+            }
+            _ => wanted.revision,
+        };
+        let spec = Arc::clone(spec_of(saved, revision));
+        self.launch(slot, spec, revision, START_SETTLE, shared);
+    }
+
+    /// Puts a new run into the launch queue, if a generation is reserved for it; else asks for that first. Says whether
+    /// it did.
+    pub(super) fn launch(
+        &mut self,
+        slot: Slot,
+        spec: Arc<AppSpec>,
+        revision: u64,
+        settle: Duration,
+        shared: &mut Shared,
+    ) -> bool {
+        let reserved = shared.ledger.wanted.slot(&self.name, slot).map_or(0, |saved| saved.reserved.0);
+        let Some(state) = self.slots.get_mut(&slot) else { return false };
+        let left = (reserved + 1).saturating_sub(state.next_generation);
+        if left < RESERVE_AHEAD && !state.reserving && state.reserve_at.is_none_or(|at| at <= shared.now) {
+            state.reserving = true;
+            state.reserve_at = None;
+            shared
+                .ledger
+                .push(Change::Reserve { app: self.name.clone() }, After::Reserved { app: self.name.clone() });
+        }
+        if left == 0 {
+            return false;
+        }
+        let generation = Generation(state.next_generation);
+        state.next_generation += 1;
+        if state.launched {
+            state.restarts = state.restarts.saturating_add(1);
+        }
+        state.launched = true;
+        let id = InstanceId { app: self.name.clone(), slot, generation };
+        let run = Run::queued(id.clone(), state.pm_id, spec, revision, settle, shared.now);
+        state.runs.push(run);
+        shared.queue.push_back(id);
+        true
+    }
+
+    /// Whether what a run left behind that exited by itself is still being ended in this slot.
+    pub(super) fn is_being_cleared(&self, slot: Slot) -> bool {
+        self.slots.get(&slot).is_some_and(|state| {
+            state.runs.iter().any(|run| matches!(run.phase, Phase::Leaving { ladder: None, .. }))
+        })
+    }
+
+    /// Its turn to launch has come.
+    pub(super) fn spawn(&mut self, id: &InstanceId, shared: &mut Shared) {
+        let now = shared.now;
+        self.listening = true;
+        let Some(run) = self.run_mut(id) else { return };
+        run.launch(now);
+        let (pm_id, spec, revision) = (run.pm_id, Arc::clone(&run.spec), run.revision);
+        shared.actions.push(Action::Spawn { id: id.clone(), pm_id, spec, revision });
+        self.step(id, pm_id, StepKind::Launching);
+    }
+
+    /// Puts live runs of a slot on the stop ladder, those in the queue aside: they simply go.
+    pub(super) fn stop_runs(
+        &mut self,
+        slot: Slot,
+        idle: IdleConnections,
+        shared: &mut Shared,
+        which: impl Fn(&Run) -> bool,
+    ) {
+        self.stop_runs_because(slot, Cause::Asked, idle, shared, which);
+    }
+
+    pub(super) fn stop_runs_because(
+        &mut self,
+        slot: Slot,
+        cause: Cause,
+        idle: IdleConnections,
+        shared: &mut Shared,
+        which: impl Fn(&Run) -> bool,
+    ) {
+        let serving = self.serving();
+        let Some(state) = self.slots.get_mut(&slot) else { return };
+        state.runs.retain(|run| !(matches!(run.phase, Phase::Queued) && which(run)));
+        let mut all = Vec::new();
+        for run in state.runs.iter_mut().filter(|run| run.is_live() && which(run)) {
+            // Idle connections may wait only where somebody else takes what they send next.
+            let others = serving - usize::from(run.is_ready());
+            let idle = if others > 0 { idle } else { IdleConnections::Close };
+            let mut descent = Descent::default();
+            run.begin_stop(shared.now, cause, idle, &mut descent);
+            all.push((run.id.clone(), run.pm_id, descent));
+        }
+        for (id, pm_id, descent) in all {
+            self.perform(&id, pm_id, descent, shared);
+        }
+    }
+
+    pub(super) fn perform(&mut self, id: &InstanceId, pm_id: PmId, descent: Descent, shared: &mut Shared) {
+        shared.actions.extend(descent.actions);
+        for kind in descent.steps {
+            self.step(id, pm_id, kind);
+        }
+    }
+
+    /// Hands every pending deadline to `visit`.
+    pub(super) fn deadlines(&mut self, visit: &mut dyn FnMut(&mut Moment)) {
+        for state in self.slots.values_mut() {
+            if let Rest::Waiting { at } = &mut state.rest {
+                visit(at);
+            }
+            if let Some(at) = &mut state.reserve_at {
+                visit(at);
+            }
+            for run in &mut state.runs {
+                run.deadlines(visit);
+            }
+        }
+    }
+
+    /// The earliest moment at which something happens by itself.
+    fn next_deadline(&self, ending: bool) -> Option<Moment> {
+        self.slots
+            .values()
+            .flat_map(|state| {
+                let waiting = match state.rest {
+                    // While a run is still leaving, its end is what is waited for.
+                    Rest::Waiting { at } if state.runs.is_empty() && !ending => Some(at),
+                    Rest::Waiting { .. } | Rest::Stopped | Rest::Due | Rest::Errored | Rest::Held => None,
+                };
+                let reserve = state.reserve_at;
+                state.runs.iter().map(Run::next_deadline).chain([waiting, reserve]).flatten()
+            })
+            .min()
+    }
+
+    /// Acts on deadlines that have passed.
+    pub(super) fn expire(&mut self, shared: &mut Shared) {
+        let now = shared.now;
+        let mut late = Vec::new();
+        let mut over = Vec::new();
+        for state in self.slots.values_mut() {
+            state.reserve_at.take_if(|at| *at <= now);
+            for run in &mut state.runs {
+                match &run.phase {
+                    // Who only has to live cannot be late.
+                    Phase::Launching { lives_at: None, fail_at, .. } if *fail_at <= now => {
+                        late.push(run.id.clone());
+                    }
+                    Phase::Stopping(ladder) if ladder.next_deadline().is_some_and(|at| at <= now) => {
+                        over.push(run.id.clone());
+                    }
+                    Phase::Launching { .. }
+                    | Phase::Stopping(_)
+                    | Phase::Queued
+                    | Phase::Ready
+                    | Phase::Leaving { .. } => {}
+                }
+            }
+        }
+        for id in over {
+            self.hear(&id, super::stop::Heard::TimeOver, shared);
+        }
+        for id in late {
+            self.not_ready(&id, shared);
+        }
+    }
+
+    /// An answer for a run on the ladder.
+    pub(super) fn hear(&mut self, id: &InstanceId, heard: super::stop::Heard, shared: &mut Shared) {
+        let now = shared.now;
+        let Some(run) = self.run_mut(id) else { return };
+        let mut descent = Descent::default();
+        run.heard(now, heard, &mut descent);
+        let pm_id = run.pm_id;
+        self.perform(id, pm_id, descent, shared);
+    }
+
+    /// The listeners of an app are closed when nothing of it runs and nothing is going to.
+    pub(super) fn close_listeners_if_idle(&mut self, shared: &mut Shared) {
+        let idle = self.listening
+            && self
+                .slots
+                .values()
+                .all(|state| state.runs.is_empty() && matches!(state.rest, Rest::Stopped | Rest::Errored));
+        if idle {
+            self.listening = false;
+            shared.actions.push(Action::CloseListeners { app: self.name.clone(), keep: None });
+        }
+    }
+}
+
+/// Fewer generations than this in reserve, and more are asked for.
+const RESERVE_AHEAD: u64 = 6;
+/// How many generations a slot has in reserve after a save.
+pub(super) const RESERVE_BLOCK: u64 = 16;
+
+/// Whether a release changes where the app listens, so that the old keys say nothing about the new ones.
+fn listens_differ(old: &AppSpec, new: &AppSpec) -> bool {
+    let addresses = |spec: &AppSpec| -> Vec<ListenSpec> { spec.listen.clone() };
+    addresses(old) != addresses(new) || old.env.vars.get("PORT") != new.env.vars.get("PORT")
+}

@@ -1,0 +1,316 @@
+//! What becomes of a request: what it comes to for an app, and whether it begins, joins, waits or is refused.
+//!
+//! Compares what is asked with what is wanted and what goes on; the table of overlapping operations is in `admit`, what
+//! an operation does in `operation`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use crate::model::id::{AppName, Slot};
+use crate::model::saved::{Desired, SavedOperation};
+use crate::model::spec::AppSpec;
+
+use super::admit::{Ask, Kind, Release, Slots, Verdict, verdict};
+use super::app::{App, Shared};
+use super::batch::RequestKey;
+use super::instance::{Phase, Run};
+use super::ledger::{After, Pending};
+use super::operation::{Operation, Stage, past_tense};
+use super::slot::Rest;
+use super::vocabulary::AppOutcome;
+use super::wanted::{Change, slot_at};
+/// What an operation consists of.
+pub(super) struct Plan {
+    kind: Kind,
+    slots: Slots,
+    target: Option<Arc<AppSpec>>,
+    change: Change,
+    what: &'static str,
+    regardless: bool,
+}
+
+/// What has been done when an app is there that was not, with these slots stopped.
+fn created(spec: &AppSpec, stopped: &BTreeSet<Slot>) -> &'static str {
+    if u32::try_from(stopped.len()) == Ok(spec.instances) {
+        "listed as stopped"
+    } else {
+        past_tense(Kind::Start)
+    }
+}
+
+impl App {
+    /// What would become of a request.
+    pub(super) fn verdict(&self, ask: &Ask, shared: &Shared) -> Verdict {
+        let target = self
+            .operation
+            .as_ref()
+            .and_then(|operation| operation.target.as_ref())
+            .or_else(|| shared.ledger.wanted.app(&self.name).map(|app| &app.spec));
+        let release = match ask {
+            Ask::StartSpec { spec, .. } | Ask::Reload { spec: Some(spec), .. } => match target {
+                Some(target) if target == spec => Release::Same,
+                Some(_) | None => Release::Other,
+            },
+            Ask::Scale { instances } => match target {
+                Some(target) if target.instances == *instances => Release::Same,
+                Some(_) | None => Release::Other,
+            },
+            Ask::Resurrect { .. }
+            | Ask::StartName { .. }
+            | Ask::Stop { .. }
+            | Ask::Restart { .. }
+            | Ask::Reload { spec: None, .. }
+            | Ask::Delete => Release::Same,
+        };
+        let verdict = verdict(self.operation.as_ref().map(|operation| operation.kind), ask, release);
+        match (&self.next, verdict) {
+            (Some((waiting, _)), Verdict::Queue) if merged(waiting, ask).is_none() => Verdict::Busy,
+            _ => verdict,
+        }
+    }
+
+    /// Begins, joins, queues or answers a request of these clients.
+    pub(super) fn accept(&mut self, clients: Vec<RequestKey>, ask: Ask, shared: &mut Shared) {
+        let verdict = self.verdict(&ask, shared);
+        match verdict {
+            Verdict::Go => self.begin_asked(clients, ask, shared),
+            Verdict::Supersede => {
+                self.supersede(if matches!(ask, Ask::Delete) { "delete" } else { "stop" }, shared);
+                self.begin_asked(clients, ask, shared);
+            }
+            Verdict::Join => self.join(clients, &ask, shared),
+            Verdict::Already => self.settle(&clients, &AppOutcome::Already { what: "running" }, shared),
+            Verdict::Queue => match &mut self.next {
+                Some((waiting, keys)) => {
+                    if let Some(both) = merged(waiting, &ask) {
+                        *waiting = both;
+                    }
+                    keys.extend(clients);
+                }
+                None => self.next = Some((ask, clients)),
+            },
+            // Only parts of a batch whose turn came late get here: all were checked when they were asked.
+            Verdict::Busy => {
+                let by = self.operation.as_ref().map_or("", |operation| operation.kind.name());
+                self.settle(&clients, &AppOutcome::Superseded { by }, shared);
+            }
+        }
+    }
+
+    pub(super) fn settle(&self, clients: &[RequestKey], outcome: &AppOutcome, shared: &mut Shared) {
+        for key in clients {
+            shared.requests.settle(*key, self.name.clone(), outcome.clone(), &mut shared.actions);
+        }
+    }
+
+    pub(super) fn join(&mut self, clients: Vec<RequestKey>, ask: &Ask, shared: &mut Shared) {
+        let name = self.name.clone();
+        let Some(operation) = &mut self.operation else { return };
+        operation.clients.extend(clients);
+        // A stop of further slots is added to the one that is going on.
+        if let Ask::Stop { slots } = ask
+            && operation.kind == Kind::Stop
+            && let Some(have) = &operation.slots
+            && !slots.as_ref().is_some_and(|more| more.is_subset(have))
+        {
+            let after = After::Begin { app: name.clone(), serial: operation.serial };
+            operation.slots = union(&operation.slots, slots);
+            self.drop_queued(slots);
+            shared.ledger.push_regardless(Change::Stop { app: name, slots: slots.clone() }, after);
+        }
+    }
+
+    /// Nothing is in the way of a request.
+    pub(super) fn begin_asked(&mut self, clients: Vec<RequestKey>, ask: Ask, shared: &mut Shared) {
+        let creates = matches!(ask, Ask::StartSpec { .. } | Ask::Resurrect { .. });
+        let ends = matches!(ask, Ask::Stop { .. } | Ask::Delete);
+        if shared.ledger.wanted.app(&self.name).is_none() && !creates && !ends {
+            // A part of a batch whose turn came after the app was deleted.
+            return self.settle(&clients, &AppOutcome::Superseded { by: "delete" }, shared);
+        }
+        match self.plan(ask, shared) {
+            Ok(plan) => self.begin_saving(clients, plan, shared),
+            Err(outcome) => self.settle(&clients, &outcome, shared),
+        }
+    }
+
+    /// Who still waits for its turn to launch when a stop is asked for has lost it now, and not when that is on disk.
+    pub(super) fn drop_queued(&mut self, slots: &Slots) {
+        for (slot, state) in &mut self.slots {
+            if slots.as_ref().is_none_or(|slots| slots.contains(slot)) {
+                let before = state.runs.len();
+                state.runs.retain(|run| !matches!(run.phase, Phase::Queued));
+                if state.runs.len() < before {
+                    state.rest = Rest::Due;
+                }
+            }
+        }
+    }
+
+    pub(super) fn begin_saving(&mut self, clients: Vec<RequestKey>, plan: Plan, shared: &mut Shared) {
+        let serial = shared.new_serial();
+        let Plan { kind, slots, target, change, what, regardless } = plan;
+        if matches!(kind, Kind::Stop | Kind::Delete) {
+            self.drop_queued(&slots);
+        }
+        let after = After::Begin { app: self.name.clone(), serial };
+        shared.ledger.waiting.push(Pending { change, after, regardless });
+        self.operation = Some(Operation {
+            serial,
+            kind,
+            stage: Stage::Saving,
+            slots,
+            revision: 0,
+            clients,
+            target,
+            what,
+            awaiting: BTreeSet::new(),
+            replaced: BTreeSet::new(),
+            failure: None,
+            unsaved: None,
+        });
+    }
+
+    /// What a request comes to, or the answer when there is nothing to do.
+    pub(super) fn plan(&self, ask: Ask, shared: &Shared) -> Result<Plan, AppOutcome> {
+        let app = self.name.clone();
+        let saved = shared.ledger.wanted.app(&app);
+        let plan = |kind: Kind, slots: Slots, target: Option<Arc<AppSpec>>, change: Change| {
+            let regardless = matches!(kind, Kind::Stop | Kind::Delete);
+            Plan { kind, slots, target, change, what: past_tense(kind), regardless }
+        };
+        match ask {
+            Ask::StartSpec { spec, run } => {
+                let Some(saved) = saved else {
+                    let stopped = if run { BTreeSet::new() } else { (0..spec.instances).map(Slot).collect() };
+                    let what = created(&spec, &stopped);
+                    let change = Change::Create { spec: Arc::clone(&spec), stopped };
+                    return Ok(Plan { what, ..plan(Kind::Start, None, Some(spec), change) });
+                };
+                if saved.spec == spec {
+                    let down: BTreeSet<Slot> = self
+                        .slots
+                        .iter()
+                        .filter(|(_, state)| !state.runs.iter().any(Run::is_ready))
+                        .map(|(slot, _)| *slot)
+                        .collect();
+                    if down.is_empty() {
+                        return Err(AppOutcome::Already { what: "running" });
+                    }
+                    let slots = Some(down);
+                    let change = Change::Start { app, slots: slots.clone(), spec: None };
+                    return Ok(plan(Kind::Start, slots, None, change));
+                }
+                if !self.is_up() {
+                    let change = Change::Start { app, slots: None, spec: Some(Arc::clone(&spec)) };
+                    return Ok(plan(Kind::Start, None, Some(spec), change));
+                }
+                if differs_in_instances_only(&saved.spec, &spec) {
+                    let change = Change::Scale { app, instances: spec.instances };
+                    return Ok(plan(Kind::Scale, None, Some(spec), change));
+                }
+                Ok(reload_plan(app, None, Some(spec)))
+            }
+            Ask::Resurrect { spec, stopped } => match saved {
+                Some(_) => Err(AppOutcome::Already { what: "listed" }),
+                None => {
+                    let what = created(&spec, &stopped);
+                    let change = Change::Create { spec: Arc::clone(&spec), stopped };
+                    Ok(Plan { what, ..plan(Kind::Start, None, Some(spec), change) })
+                }
+            },
+            Ask::StartName { slots } => {
+                let chosen = |slot: &Slot| slots.as_ref().is_none_or(|slots| slots.contains(slot));
+                if self.slots.iter().any(|(slot, state)| chosen(slot) && state.has_live()) {
+                    return self.plan(Ask::Restart { slots, spec: None }, shared);
+                }
+                let change = Change::Start { app, slots: slots.clone(), spec: None };
+                Ok(plan(Kind::Start, slots, None, change))
+            }
+            Ask::Stop { slots } => {
+                let chosen = |slot: Slot| slots.as_ref().is_none_or(|slots| slots.contains(&slot));
+                let down = saved.is_some_and(|saved| {
+                    saved
+                        .slots
+                        .iter()
+                        .enumerate()
+                        .all(|(index, slot)| !chosen(slot_at(index)) || slot.desired == Desired::Stopped)
+                });
+                let idle = self.slots.iter().all(|(slot, state)| !chosen(*slot) || state.runs.is_empty());
+                // With a save under way the desired state may be about to say otherwise.
+                if down && idle && shared.ledger.under_way.is_none() && shared.ledger.waiting.is_empty() {
+                    return Err(AppOutcome::Already { what: "stopped" });
+                }
+                let change = Change::Stop { app, slots: slots.clone() };
+                Ok(plan(Kind::Stop, slots, None, change))
+            }
+            Ask::Restart { slots, spec } => {
+                let chosen = |slot: Slot| slots.as_ref().is_none_or(|slots| slots.contains(&slot));
+                // A restart of what runs changes nothing that has to be remembered.
+                let regardless =
+                    spec.is_none()
+                        && saved.is_some_and(|saved| {
+                            saved.slots.iter().enumerate().all(|(index, slot)| {
+                                !chosen(slot_at(index)) || slot.desired == Desired::Running
+                            })
+                        });
+                let change = Change::Release {
+                    app,
+                    slots: slots.clone(),
+                    spec: spec.clone(),
+                    operation: SavedOperation::Restart,
+                };
+                Ok(Plan { regardless, ..plan(Kind::Restart, slots, spec, change) })
+            }
+            Ask::Reload { slots, spec } => Ok(reload_plan(app, slots, spec)),
+            Ask::Delete => Ok(plan(Kind::Delete, None, None, Change::Condemn { app })),
+            Ask::Scale { instances } => {
+                let Some(saved) = saved else { return Err(AppOutcome::Superseded { by: "delete" }) };
+                if saved.slots.len() == instances as usize {
+                    return Err(AppOutcome::Already { what: "scaled" });
+                }
+                let mut spec = AppSpec::clone(&saved.spec);
+                spec.instances = instances;
+                let change = Change::Scale { app, instances };
+                Ok(plan(Kind::Scale, None, Some(Arc::new(spec)), change))
+            }
+        }
+    }
+
+    /// Whether anything of it runs or is about to.
+    pub(super) fn is_up(&self) -> bool {
+        self.slots.values().any(|state| {
+            state.has_live() || matches!(state.rest, Rest::Due | Rest::Waiting { .. } | Rest::Held)
+        })
+    }
+}
+
+fn reload_plan(app: AppName, slots: Slots, spec: Option<Arc<AppSpec>>) -> Plan {
+    let change =
+        Change::Release { app, slots: slots.clone(), spec: spec.clone(), operation: SavedOperation::Reload };
+    let what = past_tense(Kind::Reload);
+    Plan { kind: Kind::Reload, slots, target: spec, change, what, regardless: false }
+}
+
+fn differs_in_instances_only(old: &AppSpec, new: &AppSpec) -> bool {
+    old.instances != new.instances && AppSpec { instances: new.instances, ..old.clone() } == *new
+}
+
+/// Both sets of slots; all, when either is.
+fn union(one: &Slots, other: &Slots) -> Slots {
+    Some(one.as_ref()?.union(other.as_ref()?).copied().collect())
+}
+
+/// One request that stands for two, where that is possible.
+fn merged(waiting: &Ask, ask: &Ask) -> Option<Ask> {
+    match (waiting, ask) {
+        (Ask::Reload { slots: one, spec: old }, Ask::Reload { slots: other, spec: new }) if old == new => {
+            Some(Ask::Reload { slots: union(one, other), spec: old.clone() })
+        }
+        (Ask::Restart { slots: one, spec: old }, Ask::Restart { slots: other, spec: new }) if old == new => {
+            Some(Ask::Restart { slots: union(one, other), spec: old.clone() })
+        }
+        _ if waiting == ask => Some(ask.clone()),
+        _ => None,
+    }
+}

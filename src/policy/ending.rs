@@ -1,0 +1,120 @@
+//! The end of the daemon's work: `pm kill` forgets everything, SIGTERM nothing. Both take everything down by the ladder.
+
+use crate::model::id::{AppName, OpId};
+
+use super::app::App;
+use super::fleet::Fleet;
+use super::ledger::After;
+use super::operation::SHUTDOWN;
+use super::vocabulary::{Action, AppOutcome, Outcome};
+use super::wanted::Change;
+/// The end of the daemon's work.
+#[derive(Clone, Debug)]
+pub(super) struct Ending {
+    pub(super) clients: Vec<OpId>,
+    pub(super) kind: EndKind,
+    pub(super) names: Vec<(AppName, u32)>,
+    pub(super) unsaved: Option<String>,
+    pub(super) stage: EndStage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EndKind {
+    Kill,
+    Terminate,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EndStage {
+    Saving,
+    GoingDown,
+    Forgetting,
+    Over,
+}
+
+impl Fleet {
+    /// Everything that goes on ends here.
+    pub(super) fn begin_ending(&mut self, op: OpId, kind: EndKind, by: &'static str) {
+        self.shared.requests.give_up_waiting_parts(&AppOutcome::Superseded { by }, &mut self.shared.actions);
+        for app in self.apps.values_mut() {
+            app.supersede(by, &mut self.shared);
+        }
+        let wanted = &self.shared.ledger.wanted;
+        let names = wanted
+            .to_saved()
+            .apps
+            .iter()
+            .map(|app| (app.spec.name.clone(), u32::try_from(app.slots.len()).unwrap_or(u32::MAX)))
+            .collect();
+        self.ending = Some(Ending { clients: vec![op], kind, names, unsaved: None, stage: EndStage::Saving });
+        self.touched.extend(self.apps.keys().cloned());
+    }
+
+    pub(super) fn kill(&mut self, op: OpId) {
+        self.begin_ending(op, EndKind::Kill, "kill");
+        self.shared.ledger.push_regardless(Change::CondemnAll, After::KillBegins);
+    }
+
+    pub(super) fn terminate(&mut self, op: OpId) {
+        self.begin_ending(op, EndKind::Terminate, SHUTDOWN);
+        self.go_down(None);
+    }
+
+    /// From here on nothing is started any more.
+    pub(super) fn go_down(&mut self, error: Option<&str>) {
+        self.shared.ending = true;
+        if let Some(ending) = &mut self.ending {
+            ending.stage = EndStage::GoingDown;
+            ending.unsaved = error.map(str::to_owned);
+        }
+        self.touched.extend(self.apps.keys().cloned());
+    }
+
+    pub(super) fn end_if_down(&mut self) {
+        let Some(ending) = &mut self.ending else { return };
+        if ending.stage != EndStage::GoingDown || self.apps.values().flat_map(App::runs).next().is_some() {
+            return;
+        }
+        match ending.kind {
+            EndKind::Terminate => self.over(None),
+            EndKind::Kill => {
+                ending.stage = EndStage::Forgetting;
+                let names: Vec<AppName> = self.shared.ledger.wanted.names().cloned().collect();
+                if names.is_empty() {
+                    return self.over(None);
+                }
+                let last = names.len() - 1;
+                for (index, app) in names.into_iter().enumerate() {
+                    let after = if index == last { After::KillEnds } else { After::Nothing };
+                    self.shared.ledger.push_regardless(Change::Remove { app }, after);
+                }
+            }
+        }
+    }
+
+    pub(super) fn over(&mut self, error: Option<&str>) {
+        let Some(ending) = &mut self.ending else { return };
+        ending.stage = EndStage::Over;
+        let unsaved = error.map(str::to_owned).or_else(|| ending.unsaved.take());
+        let apps: Vec<_> = ending
+            .names
+            .iter()
+            .map(|(app, slots)| {
+                let outcome = match &unsaved {
+                    Some(error) => AppOutcome::NotRemembered { what: "stopped", error: error.clone() },
+                    None => AppOutcome::Done { what: "stopped", slots: *slots },
+                };
+                (app.clone(), outcome)
+            })
+            .collect();
+        for op in std::mem::take(&mut ending.clients) {
+            let apps = apps.clone();
+            let outcome = match &unsaved {
+                Some(_) => Outcome::Failed { apps },
+                None => Outcome::Done { apps },
+            };
+            self.shared.actions.push(Action::Reply { op, outcome });
+        }
+        self.shared.actions.push(Action::Quit);
+    }
+}

@@ -1,0 +1,192 @@
+//! The ends of runs: what an exit means for the slot, and for the operation that is going on.
+//!
+//! A run on the stop ladder ends as it was meant to. Of one that ended by itself the reload decides when it was to
+//! replace another, else the restart policy (`restart`). Nothing is started here.
+
+use std::time::Duration;
+
+use crate::model::exit::ExitReason;
+use crate::model::id::InstanceId;
+use crate::model::saved::Desired;
+
+use super::admit::Kind;
+use super::app::{App, Shared};
+use super::instance::Phase;
+use super::ledger::After;
+use super::operation::Stage;
+use super::restart::{Next, after_exit};
+use super::slot::Rest;
+use super::stop::{Cause, Ladder};
+use super::vocabulary::{Action, IdleConnections, Retry, StepKind};
+use super::wanted::Change;
+impl App {
+    /// The main process has ended.
+    pub(super) fn exited(&mut self, id: &InstanceId, reason: &ExitReason, shared: &mut Shared) {
+        let now = shared.now;
+        let Some(run) = self.run_mut(id) else { return };
+        let signal = run.spec.stop.signal;
+        let ready = run.is_ready();
+        let (by_itself, ladder, reason) = match &run.phase {
+            Phase::Launching { .. } | Phase::Ready => (true, None, reason.clone()),
+            Phase::Stopping(ladder) if ladder.cause == Cause::NotReady => {
+                (true, Some(ladder.clone()), ExitReason::NotReady)
+            }
+            Phase::Stopping(ladder) => (false, Some(ladder.clone()), reason.clone()),
+            // Late news of what is known.
+            Phase::Queued | Phase::Leaving { .. } => return,
+        };
+        // SIGKILL to the tree answers with its end by itself.
+        if !ladder.as_ref().is_some_and(Ladder::killed) {
+            shared.actions.push(Action::EndLeftovers { id: id.clone(), signal });
+        }
+        let uptime = run.uptime(now);
+        run.phase = Phase::Leaving { reason: reason.clone(), ladder };
+        if by_itself {
+            self.ended_by_itself(id, ready, uptime, &reason, None, shared);
+        } else if let Some(state) = self.slots.get_mut(&id.slot) {
+            (state.last_exit, state.by_itself) = (Some(reason), false);
+        }
+    }
+
+    /// There is no process and will be none.
+    pub(super) fn spawn_failed(&mut self, id: &InstanceId, error: String, retry: Retry, shared: &mut Shared) {
+        let Some(run) = self.run_mut(id) else { return };
+        let reason = ExitReason::NotStarted(error);
+        let by_itself = match &run.phase {
+            Phase::Launching { .. } => true,
+            Phase::Stopping(_) => run.was_not_ready(),
+            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => return,
+        };
+        let pm_id = run.pm_id;
+        run.phase = Phase::Leaving { reason: reason.clone(), ladder: None };
+        if by_itself {
+            self.ended_by_itself(id, false, Duration::ZERO, &reason, Some(retry), shared);
+        }
+        shared.actions.push(Action::Forget { id: id.clone() });
+        let told = self
+            .operation
+            .as_ref()
+            .is_some_and(|operation| operation.failure.as_ref().is_some_and(|(failed, _)| failed == id));
+        if !told {
+            self.step(id, pm_id, StepKind::Failed { reason });
+        }
+        if let Some(state) = self.slots.get_mut(&id.slot) {
+            state.runs.retain(|run| run.id != *id);
+        }
+    }
+
+    /// Every process of the run is gone.
+    pub(super) fn tree_gone(&mut self, id: &InstanceId, shared: &mut Shared) {
+        let Some(run) = self.run_mut(id) else { return };
+        let Phase::Leaving { reason, ladder } = &run.phase else { return };
+        let (since, killed) =
+            ladder.as_ref().map_or((shared.now, false), |ladder| (ladder.since, ladder.killed()));
+        let step = StepKind::Gone { after: shared.now.since(since), killed, reason: reason.clone() };
+        let pm_id = run.pm_id;
+        shared.actions.push(Action::Forget { id: id.clone() });
+        self.step(id, pm_id, step);
+        if let Some(state) = self.slots.get_mut(&id.slot) {
+            state.runs.retain(|run| run.id != *id);
+        }
+    }
+
+    /// A run ended that nobody had asked to: what does its slot do now, and what does that mean for the operation?
+    pub(super) fn ended_by_itself(
+        &mut self,
+        id: &InstanceId,
+        was_ready: bool,
+        uptime: Duration,
+        reason: &ExitReason,
+        retry: Option<Retry>,
+        shared: &mut Shared,
+    ) {
+        let slot = id.slot;
+        let Some(run) = self.slots.get(&slot).and_then(|state| state.runs.iter().find(|run| run.id == *id))
+        else {
+            return;
+        };
+        let (rules, revision) = (run.spec.restart.clone(), run.revision);
+        let candidate = self.is_candidate(slot, run);
+        let replaced = self.is_replaced(slot, run);
+        let Some(state) = self.slots.get_mut(&slot) else { return };
+        (state.last_exit, state.by_itself) = (Some(reason.clone()), true);
+        if candidate {
+            if state.has_live() {
+                // Nobody saw this run do anything.
+                state.restarts = state.restarts.saturating_sub(1);
+            }
+            // The reload decides; the slot stays as it is, with the old run or without one.
+            self.fail(id, reason, shared);
+            return;
+        }
+        if state.has_live() {
+            // An old run dies beside its successor, which takes over.
+            state.rest = Rest::Held;
+            return;
+        }
+        if let Some(operation) = &self.operation
+            && operation.kind == Kind::Restart
+            && operation.stage == Stage::Going
+            && operation.covers(slot)
+            && operation.revision > revision
+        {
+            // It was to go anyway, although this supervisor had not told it yet.
+            state.rest = Rest::Due;
+            return;
+        }
+        let quick = uptime < rules.min_uptime;
+        let (next, streak) = after_exit(shared.now, id, uptime, reason, &rules, state.streak);
+        state.streak = streak;
+        let mut ended_well = false;
+        state.rest = match (retry, next) {
+            (Some(Retry::Never), _) | (_, Next::GiveUp) => Rest::Errored,
+            (_, Next::StartAt(at)) => Rest::Waiting { at },
+            (_, Next::Ended) => {
+                ended_well =
+                    reason.code().is_some_and(|code| code == 0 || rules.stop_exit_codes.contains(&code));
+                state.ended = Some(revision);
+                Rest::Stopped
+            }
+        };
+        self.note_ended(shared);
+        let Some(operation) = &mut self.operation else { return };
+        if ended_well {
+            operation.awaiting.remove(&slot);
+        } else if operation.awaiting.contains(&slot) || (replaced && (!was_ready || quick)) {
+            self.fail(id, reason, shared);
+        }
+    }
+
+    /// What ended for good is wanted no more. Said again when an operation ends that wanted it to run once more, and did
+    /// not come to that.
+    pub(super) fn note_ended(&self, shared: &mut Shared) {
+        for (slot, state) in &self.slots {
+            let wanted = shared.ledger.wanted.slot(&self.name, *slot);
+            if state.rest == Rest::Stopped
+                && let Some(revision) = state.ended
+                && wanted.is_some_and(|wanted| wanted.desired == Desired::Running)
+            {
+                let change = Change::Ended { app: self.name.clone(), slot: *slot, revision };
+                shared.ledger.push_regardless(change, After::Nothing);
+            }
+        }
+    }
+
+    /// A run was not ready in time: it goes, and its slot or its operation has failed.
+    pub(super) fn not_ready(&mut self, id: &InstanceId, shared: &mut Shared) {
+        // Ready at the very moment of the deadline is ready.
+        self.note_ready(shared);
+        if self.run_mut(id).is_none_or(|run| !matches!(run.phase, Phase::Launching { .. })) {
+            return;
+        }
+        self.stop_runs_because(id.slot, Cause::NotReady, IdleConnections::Wait, shared, |run| run.id == *id);
+        let awaited = self.operation.as_ref().is_some_and(|operation| operation.awaiting.contains(&id.slot));
+        let fails = {
+            let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
+            run.is_some_and(|run| self.is_candidate(id.slot, run) || self.is_replaced(id.slot, run))
+        };
+        if awaited || fails {
+            self.fail(id, &ExitReason::NotReady, shared);
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! One run of an app in a slot, from its place in the launch queue to the last process of its tree.
+//!
+//! ```text
+//!            turn          ready                 stop asked, replaced, not ready in time
+//!  Queued ─────────► Launching ────► Ready ───────────────────────┐
+//!    │ cancelled        │   │          │ exits by itself          ▼
+//!    ▼                  │   └──────────┼──── stop asked ──► Stopping (the ladder, see `stop`)
+//!  (gone: no process)   │ exits        ▼                          │ exits
+//!                       └────────► Leaving ◄──────────────────────┘
+//!                                     │ tree gone
+//!                                     ▼
+//!                                 forgotten
+//! ```
+//!
+//! A run knows nothing of its neighbours: which run serves, follows or replaces it is decided in `app` and `reload`.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::model::exit::ExitReason;
+use crate::model::id::{InstanceId, PmId};
+use crate::model::moment::Moment;
+use crate::model::saved::InstanceMemo;
+use crate::model::spec::AppSpec;
+use crate::model::status::Status;
+
+use super::stop::{Cause, Ladder};
+use super::vocabulary::RunView;
+
+/// How long a process without a readiness source of its own has to live to count as started.
+pub(super) const START_SETTLE: Duration = Duration::from_millis(100);
+
+/// One run.
+#[derive(Clone, Debug)]
+pub(super) struct Run {
+    pub(super) id: InstanceId,
+    pub(super) pm_id: PmId,
+    /// The release it runs.
+    pub(super) revision: u64,
+    pub(super) spec: Arc<AppSpec>,
+    /// Its main process, once spawned.
+    pub(super) pid: Option<u32>,
+    /// When the spawn was asked for; before that, when it was queued.
+    pub(super) since: Moment,
+    pub(super) spawned_at: Option<Moment>,
+    pub(super) ready_at: Option<Moment>,
+    /// Listener keys it serves.
+    pub(super) keys: BTreeSet<String>,
+    /// How long it has to live to be ready, where nothing else says so.
+    pub(super) settle: Duration,
+    pub(super) phase: Phase,
+}
+
+/// Where a run stands.
+#[derive(Clone, Debug)]
+pub(super) enum Phase {
+    /// Waits for its turn to launch. There is no process.
+    Queued,
+    /// The spawn was asked for.
+    Launching {
+        /// The app said that it is ready.
+        said: bool,
+        /// When it has lived long enough, where that is what counts.
+        lives_at: Option<Moment>,
+        /// When not being ready becomes a failure.
+        fail_at: Moment,
+    },
+    /// In rotation.
+    Ready,
+    /// On the stop ladder.
+    Stopping(Ladder),
+    /// The main process has exited; what it left behind is being ended.
+    Leaving {
+        /// How it exited.
+        reason: ExitReason,
+        /// The ladder it was on.
+        ladder: Option<Ladder>,
+    },
+}
+
+/// What says that a run is ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ReadySource {
+    /// The app.
+    Said,
+    /// Its first listener.
+    Listens,
+    /// A span of life.
+    Lives,
+}
+
+/// Which source counts for this spec.
+pub(super) const fn ready_source(spec: &AppSpec) -> ReadySource {
+    if spec.ready.wait_ready {
+        ReadySource::Said
+    } else if spec.is_node_cluster() {
+        ReadySource::Listens
+    } else {
+        ReadySource::Lives
+    }
+}
+
+impl Run {
+    /// A run that waits for its turn.
+    pub(super) fn queued(
+        id: InstanceId,
+        pm_id: PmId,
+        spec: Arc<AppSpec>,
+        revision: u64,
+        settle: Duration,
+        now: Moment,
+    ) -> Self {
+        Self {
+            id,
+            pm_id,
+            revision,
+            spec,
+            pid: None,
+            since: now,
+            spawned_at: None,
+            ready_at: None,
+            keys: BTreeSet::new(),
+            settle,
+            phase: Phase::Queued,
+        }
+    }
+
+    /// Its turn has come: the spawn is asked for.
+    pub(super) fn launch(&mut self, now: Moment) {
+        self.since = now;
+        self.phase =
+            Phase::Launching { said: false, lives_at: None, fail_at: now + self.spec.ready.listen_timeout };
+    }
+
+    /// The process runs.
+    pub(super) fn spawned(&mut self, now: Moment, pid: u32) {
+        self.pid = Some(pid);
+        self.spawned_at.get_or_insert(now);
+        let settle = self.settle;
+        if let Phase::Launching { lives_at, .. } = &mut self.phase
+            && ready_source(&self.spec) == ReadySource::Lives
+        {
+            lives_at.get_or_insert(now + settle);
+        }
+    }
+
+    /// Whether it takes one of the places of those that launch at the same time.
+    pub(super) fn holds_launch_place(&self) -> bool {
+        matches!(self.phase, Phase::Launching { .. })
+            && !(ready_source(&self.spec) == ReadySource::Lives && self.spawned_at.is_some())
+    }
+
+    /// Whether it may serve, as far as it can tell by itself.
+    pub(super) fn is_ready_by_itself(&self, now: Moment) -> bool {
+        let Phase::Launching { said, lives_at, .. } = &self.phase else { return false };
+        match ready_source(&self.spec) {
+            ReadySource::Said => *said,
+            ReadySource::Listens => !self.keys.is_empty(),
+            ReadySource::Lives => lives_at.is_some_and(|at| now >= at),
+        }
+    }
+
+    /// It is in rotation from now on.
+    pub(super) fn put_in(&mut self, now: Moment) {
+        self.ready_at = Some(now);
+        self.phase = Phase::Ready;
+    }
+
+    /// Whether it is in rotation.
+    pub(super) const fn is_ready(&self) -> bool {
+        matches!(self.phase, Phase::Ready)
+    }
+
+    /// Whether it serves, or is on its way to it.
+    pub(super) const fn is_live(&self) -> bool {
+        matches!(self.phase, Phase::Queued | Phase::Launching { .. } | Phase::Ready)
+    }
+
+    /// Whether it counts against `instances` + `max_surge`: from the queue until it has its signal.
+    pub(super) const fn counts(&self) -> bool {
+        match &self.phase {
+            Phase::Queued | Phase::Launching { .. } | Phase::Ready => true,
+            Phase::Stopping(ladder) => ladder.signalled_at.is_none(),
+            Phase::Leaving { .. } => false,
+        }
+    }
+
+    /// How long the process has lived.
+    pub(super) fn uptime(&self, now: Moment) -> Duration {
+        self.spawned_at.map_or(Duration::ZERO, |at| now.since(at))
+    }
+
+    /// The ladder it is or was on.
+    pub(super) const fn ladder(&self) -> Option<&Ladder> {
+        match &self.phase {
+            Phase::Queued | Phase::Launching { .. } | Phase::Ready => None,
+            Phase::Stopping(ladder) => Some(ladder),
+            Phase::Leaving { ladder, .. } => ladder.as_ref(),
+        }
+    }
+
+    /// Whether it is being removed because it was not ready in time.
+    pub(super) fn was_not_ready(&self) -> bool {
+        self.ladder().is_some_and(|ladder| ladder.cause == Cause::NotReady)
+    }
+
+    /// Its own state in the words of the table.
+    pub(super) const fn status(&self) -> Status {
+        match &self.phase {
+            Phase::Queued | Phase::Launching { .. } => Status::Launching,
+            Phase::Ready => Status::Online,
+            Phase::Stopping(_) | Phase::Leaving { .. } => Status::Stopping,
+        }
+    }
+
+    /// Hands every pending deadline to `visit`.
+    pub(super) fn deadlines(&mut self, visit: &mut dyn FnMut(&mut Moment)) {
+        match &mut self.phase {
+            Phase::Launching { lives_at, fail_at, .. } => {
+                if let Some(at) = lives_at {
+                    visit(at);
+                }
+                visit(fail_at);
+            }
+            Phase::Stopping(ladder) => ladder.deadline(visit),
+            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => {}
+        }
+    }
+
+    /// The earliest pending deadline.
+    pub(super) fn next_deadline(&self) -> Option<Moment> {
+        match &self.phase {
+            // Who only has to live cannot be late.
+            Phase::Launching { lives_at, fail_at, .. } => Some(lives_at.unwrap_or(*fail_at)),
+            Phase::Stopping(ladder) => ladder.next_deadline(),
+            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => None,
+        }
+    }
+
+    /// What is shown about it.
+    pub(super) fn view(&self) -> RunView {
+        RunView {
+            id: self.id.clone(),
+            pid: self.pid,
+            status: self.status(),
+            since: self.since,
+            ready_at: self.ready_at,
+            queued: matches!(self.phase, Phase::Queued),
+            kill_at: match &self.phase {
+                Phase::Stopping(ladder) => ladder.kill_at(),
+                Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Leaving { .. } => None,
+            },
+        }
+    }
+
+    /// What the next supervisor has to know about it; nothing while there is no process.
+    pub(super) fn memo(&self) -> Option<InstanceMemo> {
+        if matches!(self.phase, Phase::Queued) {
+            return None;
+        }
+        Some(InstanceMemo {
+            id: self.id.clone(),
+            revision: self.revision,
+            pid: self.pid,
+            since: self.since,
+            ready_at: self.ready_at,
+            in_rotation: self.is_ready(),
+            stopping: self.ladder().map(|ladder| (ladder.since, ladder.signalled_at)),
+            keys: self.keys.iter().cloned().collect(),
+            left: match &self.phase {
+                Phase::Leaving { reason, .. } => Some(reason.clone()),
+                Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Stopping(_) => None,
+            },
+            said_ready: matches!(self.phase, Phase::Launching { said: true, .. }),
+        })
+    }
+}

@@ -1,0 +1,25 @@
+//! Decisions: events and the time in, actions out.
+//!
+//! No clock, no randomness, no async, no files, no serde. The same `Fleet` runs in the daemon and in the simulation
+//! of `tests/sim`.
+
+mod admit;
+mod app;
+mod asked;
+mod batch;
+mod ending;
+mod ends;
+pub mod fleet;
+mod instance;
+mod ledger;
+mod operation;
+mod reload;
+mod requests;
+mod restart;
+mod restore;
+mod rolling;
+mod slot;
+mod stop;
+pub mod target;
+pub mod vocabulary;
+mod wanted;

@@ -1,0 +1,448 @@
+//! A fleet that goes on where another supervisor was interrupted.
+//!
+//! What was saved says what is wanted, the memo says how far things were, and only the inventory says what exists: a
+//! run that is not in it has no process, and one that is in it lives or is a zombie whose exit is accounted for now.
+//! After a reboot the inventory is empty and everything wanted is started. Nobody waits for operations that are
+//! finished or undone here; nothing that was stopped is started.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::model::exit::ExitReason;
+use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
+use crate::model::moment::Moment;
+use crate::model::saved::{
+    Desired, Found, InstanceMemo, Memo, SavedApp, SavedFleet, SavedOperation, SlotMemo,
+};
+use crate::model::signal::Signal;
+use crate::model::spec::{
+    AppSpec, Balance, CommandSpec, EnvSpec, ExecMode, KillMode, LogRules, OnFailure, ReadyRules, ReloadRules,
+    RestartRules, Runtime, Stdin, StopMethod, StopRules,
+};
+
+use super::admit::Kind;
+use super::app::App;
+use super::fleet::{Fleet, Settings};
+use super::instance::{Phase, ReadySource, Run, START_SETTLE, ready_source};
+use super::ledger::After;
+use super::operation::Operation;
+use super::restart::Streak;
+use super::slot::{Rest, SlotState};
+use super::stop::{Cause, Descent, Ladder};
+use super::vocabulary::{Action, IdleConnections};
+use super::wanted::{Change, Wanted, slot_at, spec_of};
+
+/// What a run that was launching gets at least to be ready: its word may be waiting to be read.
+const READ_LIMIT: Duration = Duration::from_secs(2);
+
+impl Fleet {
+    /// The fleet as it goes on, and what is to be done at once. `memo` is that of the same boot, or none; `found` is the
+    /// keeper's inventory, empty for a new daemon.
+    #[must_use]
+    pub fn restore(
+        settings: Settings,
+        now: Moment,
+        saved: SavedFleet,
+        memo: Option<Memo>,
+        found: Vec<Found>,
+    ) -> (Self, Vec<Action>) {
+        let mut fleet = Self::with_wanted(settings, Wanted::from_saved(saved));
+        fleet.shared.now = now;
+        let known = memo.is_some();
+        let memo = memo.unwrap_or_default();
+        let newest: BTreeMap<(AppName, Slot), Generation> =
+            memo.slots.iter().map(|slot| ((slot.app.clone(), slot.slot), slot.newest)).collect();
+        let mut slots: BTreeMap<(AppName, Slot), SlotMemo> =
+            memo.slots.into_iter().map(|slot| ((slot.app.clone(), slot.slot), slot)).collect();
+        let mut instances: BTreeMap<InstanceId, InstanceMemo> =
+            memo.instances.into_iter().map(|run| (run.id.clone(), run)).collect();
+
+        for (app, slot, reserved) in fleet.shared.ledger.wanted.reservations() {
+            fleet.shared.retired.insert((app, slot), reserved.0 + 1);
+        }
+        // A stop that was carried out on a full disk holds as long as anybody remembers it.
+        for slot in slots.values().filter(|slot| slot.stop_unsaved) {
+            let saved = fleet.shared.ledger.wanted.slot(&slot.app, slot.slot);
+            if saved.is_none_or(|saved| saved.desired == Desired::Stopped) {
+                continue;
+            }
+            let stop = Change::Stop { app: slot.app.clone(), slots: Some(BTreeSet::from([slot.slot])) };
+            fleet.shared.ledger.wanted.apply(&stop);
+            fleet.shared.ledger.push_regardless(stop, After::Nothing);
+        }
+        let names: Vec<AppName> = fleet.shared.ledger.wanted.names().cloned().collect();
+        for name in names {
+            let app = fleet.adopt_app(&name, &mut slots);
+            fleet.apps.insert(name, app);
+        }
+        let mut exited = BTreeMap::new();
+        for one in found {
+            let remembered = instances.remove(&one.id);
+            if let Some(reason) = one.exited.clone() {
+                let given_out = newest.get(&(one.id.app.clone(), one.id.slot));
+                let forgotten =
+                    remembered.is_none() && given_out.is_some_and(|last| *last >= one.id.generation);
+                let left = remembered.as_ref().and_then(|memo| memo.left.clone());
+                // Accounted for by the last supervisor: only the rest of its tree is left to see to.
+                if let Some(reason) = left.or(forgotten.then_some(reason.clone())) {
+                    fleet.adopt_left(one, remembered, reason);
+                    continue;
+                }
+                exited.insert(one.id.clone(), reason);
+            }
+            fleet.adopt_run(one, remembered, known);
+        }
+        fleet.go_on_stopping();
+        let names: Vec<AppName> = fleet.apps.keys().cloned().collect();
+        for name in &names {
+            fleet.resume(name, known, &exited);
+        }
+        // Exits that nobody has seen yet: the same path as any other. Before anything is asked of the living, and after
+        // it is known which operation they belong to.
+        for (id, reason) in &exited {
+            if let Some(app) = fleet.apps.get_mut(&id.app) {
+                app.exited(id, reason, &mut fleet.shared);
+                // A ladder that was begun for it just now was never climbed: it ended by itself.
+                if let Some(run) = app.run_mut(id)
+                    && let Phase::Leaving { ladder, .. } = &mut run.phase
+                {
+                    ladder.take_if(|ladder| ladder.since == now);
+                }
+            }
+        }
+        // A zombie takes no orders.
+        fleet.shared.actions.retain(|action| ordered(action).is_none_or(|id| !exited.contains_key(id)));
+        for name in &names {
+            fleet.end_superfluous(name, known);
+        }
+        for app in fleet.apps.values() {
+            app.note_ended(&mut fleet.shared);
+        }
+        // Every slot gets new generations in one save: those that were reserved may have been used.
+        if names.is_empty() {
+            return (fleet, Vec::new());
+        }
+        for name in &names {
+            fleet
+                .shared
+                .ledger
+                .push(Change::Reserve { app: name.clone() }, After::Reserved { app: name.clone() });
+        }
+        for state in fleet.apps.values_mut().flat_map(|app| app.slots.values_mut()) {
+            state.reserving = true;
+        }
+        fleet.touched.extend(names);
+        let actions = fleet.settle();
+        (fleet, actions)
+    }
+
+    fn adopt_app(&self, name: &AppName, memos: &mut BTreeMap<(AppName, Slot), SlotMemo>) -> App {
+        let mut app = App::new(name.clone());
+        // What is open is known to the keeper; an app that is down closes it again.
+        app.listening = true;
+        let Some(saved) = self.shared.ledger.wanted.app(name) else { return app };
+        for (index, wanted) in saved.slots.iter().enumerate() {
+            let slot = slot_at(index);
+            let rest = match wanted.desired {
+                Desired::Running => Rest::Due,
+                Desired::Stopped => Rest::Stopped,
+            };
+            let next = wanted.reserved.0 + 1;
+            let mut state = SlotState::new(wanted.pm_id, self.shared.now, rest, next);
+            if let Some(memo) = memos.remove(&(name.clone(), slot)) {
+                state.restarts = memo.restarts;
+                state.streak = Streak { unstable: memo.unstable, failures: memo.failures };
+                state.created = memo.created;
+                state.last_exit = memo.last_exit;
+                state.ended = memo.ended;
+                state.next_generation = state.next_generation.max(memo.newest.0 + 1);
+                if wanted.desired == Desired::Running {
+                    state.rest = match memo.restart_at {
+                        _ if memo.errored => Rest::Errored,
+                        _ if memo.ended.is_some() => Rest::Stopped,
+                        Some(at) => Rest::Waiting { at },
+                        None => Rest::Due,
+                    };
+                }
+            }
+            app.slots.insert(slot, state);
+        }
+        app
+    }
+
+    /// A zombie whose exit was accounted for.
+    fn adopt_left(&mut self, found: Found, memo: Option<InstanceMemo>, reason: ExitReason) {
+        let (id, stopping) = (found.id.clone(), memo.and_then(|memo| memo.stopping));
+        self.adopt_run(found, None, true);
+        let Some(run) = self.apps.get_mut(&id.app).and_then(|app| app.run_mut(&id)) else { return };
+        let ladder = stopping
+            .map(|(began, signalled)| Ladder::signalled(began, signalled.unwrap_or(began), &run.spec));
+        let signal = run.spec.stop.signal;
+        run.phase = Phase::Leaving { reason, ladder };
+        self.shared.actions.push(Action::EndLeftovers { id, signal });
+    }
+
+    fn adopt_run(&mut self, found: Found, memo: Option<InstanceMemo>, known: bool) {
+        let now = self.shared.now;
+        let Found { id, revision, pid, exited: _ } = found;
+        let wanted = self.shared.ledger.wanted.app(&id.app);
+        let spec = wanted.map_or_else(|| stranger(&id.app), |app| Arc::clone(spec_of(app, revision)));
+        let next_pm_id = PmId(u32::MAX);
+        let app = self.apps.entry(id.app.clone()).or_insert_with(|| App::new(id.app.clone()));
+        app.listening = true;
+        let state = app
+            .slots
+            .entry(id.slot)
+            .or_insert_with(|| SlotState::new(next_pm_id, now, Rest::Stopped, id.generation.0 + 1));
+        state.next_generation = state.next_generation.max(id.generation.0 + 1);
+        state.launched = true;
+        let since = memo.as_ref().map_or(now, |memo| memo.since);
+        let mut run = Run::queued(id.clone(), state.pm_id, spec, revision, START_SETTLE, since);
+        run.launch(since);
+        run.spawned(since, pid);
+        if let Phase::Launching { fail_at, .. } = &mut run.phase {
+            *fail_at = (*fail_at).max(now + READ_LIMIT);
+        }
+        match memo {
+            Some(memo) => {
+                if let Phase::Launching { said, .. } = &mut run.phase {
+                    *said = memo.said_ready;
+                }
+                run.keys = memo.keys.into_iter().collect();
+                run.ready_at = memo.ready_at;
+                if let Some((began, signalled)) = memo.stopping {
+                    match signalled {
+                        Some(at) => run.phase = Phase::Stopping(Ladder::signalled(began, at, &run.spec)),
+                        // From the first rung again: each may be repeated.
+                        None => {
+                            if memo.ready_at.is_some() {
+                                run.phase = Phase::Ready;
+                            }
+                            run.ready_at = None;
+                        }
+                    }
+                    run.settle = STOP_AGAIN;
+                } else if memo.ready_at.is_some() {
+                    run.phase = Phase::Ready;
+                }
+            }
+            // The blob is lost: what says "ready" on its own has said so long ago, as far as anybody can tell. With a
+            // blob that does not know it, it has just been spawned.
+            None if !known => {
+                run.phase = Phase::Ready;
+                run.ready_at = Some(now);
+            }
+            None => {
+                run.since = now;
+                run.spawned_at = Some(now);
+                if let Phase::Launching { lives_at, fail_at, .. } = &mut run.phase {
+                    *fail_at = now + run.spec.ready.listen_timeout;
+                    if ready_source(&run.spec) == ReadySource::Lives {
+                        *lives_at = Some(now + START_SETTLE);
+                    }
+                }
+            }
+        }
+        let place = state.runs.partition_point(|other| other.id.generation < id.generation);
+        state.runs.insert(place, run);
+    }
+
+    /// Runs whose stop had begun, but not come to the signal, begin again; the others come back into rotation.
+    fn go_on_stopping(&mut self) {
+        let now = self.shared.now;
+        for run in
+            self.apps.values_mut().flat_map(|app| app.slots.values_mut()).flat_map(|state| &mut state.runs)
+        {
+            let mut descent = Descent::default();
+            if run.settle == STOP_AGAIN {
+                run.settle = START_SETTLE;
+                run.begin_stop(now, Cause::Asked, IdleConnections::Close, &mut descent);
+            } else if run.is_ready() && run.spec.is_node_cluster() {
+                descent.actions.push(Action::PutIn { id: run.id.clone() });
+            }
+            self.shared.actions.extend(descent.actions);
+        }
+    }
+
+    /// The operation of an app goes on, without anybody waiting for it.
+    fn resume(&mut self, name: &AppName, known: bool, exited: &BTreeMap<InstanceId, ExitReason>) {
+        let Some(saved) = self.shared.ledger.wanted.app(name) else { return };
+        let Some(operation) = saved.operation else { return };
+        let (saved, serial) = (saved.clone(), self.shared.new_serial());
+        let Some(app) = self.apps.get_mut(name) else { return };
+        app.operation = Some(match operation {
+            SavedOperation::Delete => Operation::resumed(serial, Kind::Delete, saved.revision),
+            SavedOperation::Restart => resumed_restart(app, &saved, serial),
+            SavedOperation::Reload => resumed_reload(app, &saved, serial, known, exited),
+        });
+    }
+
+    /// Ends runs that should not be beside others. With a memo there are none but those of a restart; without one, some
+    /// that were on their way down have come back.
+    fn end_superfluous(&mut self, name: &AppName, known: bool) {
+        let Some(app) = self.apps.get_mut(name) else { return };
+        let slots: Vec<Slot> = app.slots.keys().copied().collect();
+        for slot in slots {
+            let operation = app.operation.as_ref().filter(|operation| operation.covers(slot));
+            let kind = operation.map(|operation| (operation.kind, operation.revision));
+            let Some(state) = app.slots.get(&slot) else { continue };
+            let live: Vec<(Generation, u64)> =
+                state.live().map(|run| (run.id.generation, run.revision)).collect();
+            let unwanted = |generation: Generation, revision: u64| {
+                // In a reload two releases may run side by side, else the newer run has replaced the other.
+                let newer = live.iter().any(|&(other, release)| {
+                    other > generation && (release == revision || !matches!(kind, Some((Kind::Reload, _))))
+                });
+                let beside_old = live.iter().any(|&(_, release)| release != revision);
+                newer
+                    || match kind {
+                        Some((Kind::Restart, target)) => revision != target,
+                        // Nobody knows whether the new one ever got ready.
+                        Some((Kind::Reload, target)) => !known && revision == target && beside_old,
+                        Some(_) | None => false,
+                    }
+            };
+            app.stop_runs(slot, IdleConnections::Wait, &mut self.shared, |run| {
+                unwanted(run.id.generation, run.revision)
+            });
+        }
+    }
+}
+
+/// Marks a run whose stop has to begin again while it is being adopted.
+const STOP_AGAIN: Duration = Duration::MAX;
+
+fn resumed_reload(
+    app: &mut App,
+    saved: &SavedApp,
+    serial: super::ledger::Serial,
+    known: bool,
+    exited: &BTreeMap<InstanceId, ExitReason>,
+) -> Operation {
+    let mut operation = Operation::resumed(serial, Kind::Reload, saved.revision);
+    let covered: BTreeSet<Slot> = saved
+        .slots
+        .iter()
+        .enumerate()
+        .filter(|(_, wanted)| wanted.desired == Desired::Running && wanted.revision == saved.revision)
+        .map(|(index, _)| slot_at(index))
+        .filter(|slot| slot.0 < saved.spec.instances)
+        .collect();
+    for slot in &covered {
+        let Some(state) = app.slots.get_mut(slot) else { continue };
+        let is_new = |run: &Run| run.revision == saved.revision;
+        let lives = |run: &&Run| run.is_live() && !exited.contains_key(&run.id);
+        if !known && state.runs.iter().filter(lives).any(|run| !is_new(run)) {
+            // Nobody knows whether the new one ever got ready: the old one goes on (see `end_superfluous`).
+            continue;
+        }
+        if state.runs.iter().any(|run| is_new(run) && run.ready_at.is_some() && run.is_live()) {
+            operation.replaced.insert(*slot);
+        } else if let Some(run) = state.runs.iter_mut().find(|run| is_new(run) && run.is_live()) {
+            run.settle = saved.spec.restart.min_uptime;
+        } else if !state.has_live() {
+            // Nothing runs here: the new release goes first, not the old one once more.
+            state.rest = Rest::Held;
+        }
+    }
+    operation.slots = Some(covered);
+    operation
+}
+
+fn resumed_restart(app: &mut App, saved: &SavedApp, serial: super::ledger::Serial) -> Operation {
+    let mut operation = Operation::resumed(serial, Kind::Restart, saved.revision);
+    let covered: BTreeSet<Slot> = saved
+        .slots
+        .iter()
+        .enumerate()
+        .filter(|(_, wanted)| wanted.desired == Desired::Running && wanted.revision == saved.revision)
+        .map(|(index, _)| slot_at(index))
+        .collect();
+    for slot in &covered {
+        let Some(state) = app.slots.get_mut(slot) else { continue };
+        let is_new = |run: &Run| run.revision == saved.revision && run.is_live();
+        if !state.runs.iter().any(|run| is_new(run) && run.is_ready()) {
+            operation.awaiting.insert(*slot);
+        }
+        if !state.runs.iter().any(is_new) {
+            state.rest = Rest::Due;
+        }
+    }
+    operation.slots = Some(covered);
+    operation
+}
+
+/// The process that an action orders to do something.
+fn ordered(action: &Action) -> Option<&InstanceId> {
+    match action {
+        Action::PutIn { id }
+        | Action::TakeOut { id }
+        | Action::AskKillListeners { id, .. }
+        | Action::Drain { id, .. }
+        | Action::Disconnect { id }
+        | Action::SendShutdown { id }
+        | Action::Signal { id, .. }
+        | Action::KillTree { id } => Some(id),
+        Action::Save { .. }
+        | Action::Spawn { .. }
+        | Action::EndLeftovers { .. }
+        | Action::Forget { .. }
+        | Action::CloseListeners { .. }
+        | Action::Progress { .. }
+        | Action::Reply { .. }
+        | Action::Quit => None,
+    }
+}
+
+/// What stands for the spec of a run whose app is not known any more: enough to end it.
+fn stranger(name: &AppName) -> Arc<AppSpec> {
+    Arc::new(AppSpec {
+        name: name.clone(),
+        namespace: String::from("default"),
+        origin: None,
+        command: CommandSpec {
+            script: PathBuf::from("unknown"),
+            interpreter: None,
+            interpreter_args: Vec::new(),
+            args: Vec::new(),
+            runtime: Runtime::Other,
+        },
+        cwd: PathBuf::from("/"),
+        mode: ExecMode::Fork,
+        instances: 1,
+        env: EnvSpec {
+            inherit: false,
+            files: Vec::new(),
+            vars: BTreeMap::new(),
+            instance_var: String::from("NODE_APP_INSTANCE"),
+            increment_var: None,
+        },
+        listen: Vec::new(),
+        balance: Balance::RoundRobin,
+        ready: ReadyRules { wait_ready: false, listen_timeout: Duration::from_secs(30) },
+        stop: StopRules {
+            signal: Signal::INT,
+            timeout: Duration::from_secs(10),
+            mode: KillMode::Target,
+            method: StopMethod::Signal,
+            with_message: false,
+            drain_timeout: None,
+        },
+        restart: RestartRules {
+            autorestart: false,
+            max_restarts: 0,
+            min_uptime: Duration::from_secs(1),
+            restart_delay: None,
+            backoff_base: Duration::from_millis(100),
+            backoff_reset: Duration::from_secs(30),
+            stop_exit_codes: Vec::new(),
+        },
+        reload: ReloadRules { max_surge: 1, max_unavailable: 0, on_failure: OnFailure::Abort, overlap: None },
+        logs: LogRules { out_file: None, error_file: None, merge: None, date_format: None },
+        agent: false,
+        stdin: Stdin::Pipe,
+        autostart: false,
+    })
+}

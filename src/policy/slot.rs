@@ -1,0 +1,132 @@
+//! A slot as it is: its runs, its counters, and what it does while no run is live in it.
+
+use crate::model::exit::ExitReason;
+use crate::model::id::{AppName, Generation, PmId, Slot};
+use crate::model::moment::Moment;
+use crate::model::saved::SlotMemo;
+use crate::model::status::Status;
+
+use super::instance::Run;
+use super::restart::Streak;
+use super::vocabulary::SlotView;
+/// A slot as it is.
+#[derive(Clone, Debug)]
+pub(super) struct SlotState {
+    pub(super) pm_id: PmId,
+    /// Oldest first. At most one is neither live nor about to be gone, but during a reload.
+    pub(super) runs: Vec<Run>,
+    pub(super) rest: Rest,
+    pub(super) restarts: u32,
+    pub(super) streak: Streak,
+    pub(super) created: Moment,
+    pub(super) last_exit: Option<ExitReason>,
+    /// Nobody had asked that run to end. Not known of runs of an earlier supervisor.
+    pub(super) by_itself: bool,
+    /// The release whose run ended for good here, while at rest because of that.
+    pub(super) ended: Option<u64>,
+    /// The generation that the next run gets.
+    pub(super) next_generation: u64,
+    /// A run has been started here since somebody asked for it: the next one counts as a restart.
+    pub(super) launched: bool,
+    /// More generations have been asked for.
+    pub(super) reserving: bool,
+    /// When to ask again, after that failed.
+    pub(super) reserve_at: Option<Moment>,
+}
+
+/// What a slot does while no run is live in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// Nothing.
+    Stopped,
+    /// A run is to be started as soon as the last one is gone.
+    Due,
+    /// A run is to be started at this moment.
+    Waiting { at: Moment },
+    /// Given up.
+    Errored,
+    /// An operation decides.
+    Held,
+}
+
+impl SlotState {
+    pub(super) fn new(pm_id: PmId, now: Moment, rest: Rest, next_generation: u64) -> Self {
+        Self {
+            pm_id,
+            runs: Vec::new(),
+            rest,
+            restarts: 0,
+            streak: Streak::default(),
+            created: now,
+            last_exit: None,
+            by_itself: false,
+            ended: None,
+            next_generation,
+            launched: false,
+            reserving: false,
+            reserve_at: None,
+        }
+    }
+
+    pub(super) fn live(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter().filter(|run| run.is_live())
+    }
+
+    pub(super) fn has_live(&self) -> bool {
+        self.runs.iter().any(Run::is_live)
+    }
+
+    /// What a row of the table says.
+    pub(super) fn view(&self, slot: Slot) -> SlotView {
+        let current = self.runs.iter().rev().find(|run| run.is_ready()).or_else(|| self.runs.last());
+        let status = match (current, self.rest) {
+            (Some(run), _) => run.status(),
+            (None, Rest::Stopped) => Status::Stopped,
+            (None, Rest::Due | Rest::Held) => Status::Launching,
+            (None, Rest::Waiting { .. }) => Status::WaitingRestart,
+            (None, Rest::Errored) => Status::Errored,
+        };
+        SlotView {
+            pm_id: self.pm_id,
+            slot,
+            status,
+            current: current.map(Run::view),
+            draining: self
+                .runs
+                .iter()
+                .filter(|run| current.is_none_or(|current| current.id != run.id))
+                .map(Run::view)
+                .collect(),
+            restarts: self.restarts,
+            unstable: self.streak.unstable,
+            created: self.created,
+            restart_at: match self.rest {
+                Rest::Waiting { at } => Some(at),
+                Rest::Stopped | Rest::Due | Rest::Errored | Rest::Held => None,
+            },
+            last_exit: self.last_exit.clone(),
+            by_itself: self.by_itself,
+        }
+    }
+
+    /// What the next supervisor has to know beyond the desired state.
+    pub(super) fn memo(&self, app: &AppName, slot: Slot) -> SlotMemo {
+        SlotMemo {
+            app: app.clone(),
+            slot,
+            restarts: self.restarts,
+            unstable: self.streak.unstable,
+            failures: self.streak.failures,
+            restart_at: match self.rest {
+                Rest::Waiting { at } => Some(at),
+                Rest::Stopped | Rest::Due | Rest::Errored | Rest::Held => None,
+            },
+            errored: self.rest == Rest::Errored,
+            created: self.created,
+            last_exit: self.last_exit.clone(),
+            newest: Generation(self.next_generation.saturating_sub(1)),
+            ended: self.ended.filter(|_| self.rest == Rest::Stopped),
+            stop_unsaved: false,
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The words between the `Fleet` and the world: what can happen, and what can be asked for.
+//!
+//! Events are past tense and carry slot and generation; actions are imperative. Both are closed enums: a new variant
+//! points at every place that has to think about it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::model::exit::ExitReason;
+use crate::model::id::{AppName, InstanceId, OpId, PmId, Slot};
+use crate::model::saved::SavedFleet;
+use crate::model::signal::Signal;
+use crate::model::spec::{AppSpec, KillMode};
+use crate::model::status::Status;
+
+/// Numbers the saves of a supervisor's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SaveId(pub u64);
+
+/// Everything that can happen to a fleet.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A client asked for something. Every `Asked` gets exactly one `Reply`, also when the app vanishes meanwhile.
+    Asked {
+        /// Names the request.
+        op: OpId,
+        /// What was asked.
+        command: Command,
+    },
+    /// The process runs: exec(2) has succeeded.
+    Spawned {
+        /// Which run.
+        id: InstanceId,
+        /// Its main process.
+        pid: u32,
+    },
+    /// There is no process.
+    SpawnFailed {
+        /// Which run.
+        id: InstanceId,
+        /// What went wrong, for people.
+        error: String,
+        /// Whether trying again could help.
+        retry: Retry,
+    },
+    /// The main process has ended (it is a zombie until `ConfirmExit`).
+    Exited {
+        /// Which run.
+        id: InstanceId,
+        /// How.
+        reason: ExitReason,
+    },
+    /// Answer to `EndLeftovers` and `KillTree`: every process of the instance is gone and its pipes are read to
+    /// their end. Comes after `Exited`.
+    TreeGone {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// The instance says that it may receive traffic (sources of `wait_ready`).
+    Ready {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// A cluster worker listens on this key.
+    Listening {
+        /// Which run.
+        id: InstanceId,
+        /// The listener's key.
+        key: String,
+    },
+    /// A cluster worker no longer listens on this key.
+    ListenerClosed {
+        /// Which run.
+        id: InstanceId,
+        /// The listener's key.
+        key: String,
+    },
+    /// The IPC channel is at its end: after `Disconnect`, the worker has drained.
+    ChannelClosed {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Answer to `TakeOut`: no hand-over is unanswered any more.
+    Settled {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Answer to `AskKillListeners`.
+    KillListeners {
+        /// Which run.
+        id: InstanceId,
+        /// How many listeners the app has for the kill signal.
+        count: u32,
+    },
+    /// Answer to `Drain`: no connection is open any more.
+    Drained {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// The state is durable; what followed the save has been performed.
+    Saved {
+        /// Which save.
+        save: SaveId,
+    },
+    /// The state could not be written; what followed the save was *not* performed.
+    SaveFailed {
+        /// Which save.
+        save: SaveId,
+        /// What went wrong, for people.
+        error: String,
+    },
+    /// `next_deadline()` has been reached.
+    DeadlineReached,
+}
+
+/// Whether trying a failed spawn again could help.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// No: the program cannot be executed, the environment is larger than the kernel takes.
+    Never,
+    /// Perhaps: EAGAIN, ENOMEM, EMFILE; the script is missing, somebody else has the port.
+    Backoff,
+}
+
+/// What a client can ask for. Names are resolved to apps and slots before.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// Start apps from specs. Absent: created and started (with `autostart = false` created as stopped, until it is
+    /// started by name); stopped: started with the new spec; online: "already running" when the spec is equal, else
+    /// reloaded.
+    Start {
+        /// The specs, in order; names are unique.
+        specs: Vec<Arc<AppSpec>>,
+    },
+    /// Act on what exists.
+    Act {
+        /// What to do.
+        verb: Verb,
+        /// On which apps, in order, each once.
+        selection: Vec<Selected>,
+        /// Another spec for some of the apps: `reload FILE`, `restart FILE`, `--update-env`.
+        specs: Vec<Arc<AppSpec>>,
+    },
+    /// Change the number of slots.
+    Scale {
+        /// Which app.
+        app: AppName,
+        /// To how many.
+        instances: u32,
+    },
+    /// Start what a saved list says, apps that exist already excepted.
+    Resurrect {
+        /// The list.
+        saved: SavedFleet,
+    },
+    /// Save the list, end everything, forget everything: `pm kill`.
+    Kill,
+    /// End the daemon's work without changing the desired state: SIGTERM. Apps are stopped by the ladder.
+    Terminate,
+    /// Set the restart counters of these to zero.
+    Reset {
+        /// Which.
+        selection: Vec<Selected>,
+    },
+}
+
+/// What to do with what exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// Stopped or errored: start; online: restart (PM2's `start NAME`).
+    Start,
+    /// Down the ladder, and stay down.
+    Stop,
+    /// All instances of the app at once: down, then up.
+    Restart,
+    /// Rolling where the app can overlap, else a slot at a time in place; starts what is stopped.
+    Reload,
+    /// Stop and forget.
+    Delete,
+}
+
+/// An app, or some of its slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selected {
+    /// Which app.
+    pub app: AppName,
+    /// Which slots; `None`: all.
+    pub slots: Option<Vec<Slot>>,
+}
+
+/// Everything a fleet can ask for. A turn's actions are performed in order.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// A barrier: what follows in this turn's list is performed when the state is durable (then `Saved` comes), or
+    /// not at all (then `SaveFailed` comes). At most one in a turn.
+    Save {
+        /// Which save.
+        save: SaveId,
+        /// The desired state to write.
+        state: SavedFleet,
+    },
+    /// Open what listeners of the spec are not open yet and start a process. Answers `Spawned` or `SpawnFailed`.
+    Spawn {
+        /// Which run.
+        id: InstanceId,
+        /// Its slot's number for people.
+        pm_id: PmId,
+        /// The spec to run.
+        spec: Arc<AppSpec>,
+        /// The spec's revision.
+        revision: u64,
+    },
+    /// Give new connections to this instance.
+    PutIn {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Give no new connections to this instance. Answers `Settled`, within 1 s.
+    TakeOut {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Ask the agent how many listeners the app has for this signal. Answers `KillListeners`, or never.
+    AskKillListeners {
+        /// Which run.
+        id: InstanceId,
+        /// The signal.
+        signal: Signal,
+    },
+    /// Tell the agent to drain. Answers `Drained`, or never.
+    Drain {
+        /// Which run.
+        id: InstanceId,
+        /// What becomes of idle connections.
+        idle: IdleConnections,
+        /// After this time the agent closes idle ones in any case.
+        within: Duration,
+    },
+    /// Send the cluster's `disconnect`. Answers `ChannelClosed`, or never.
+    Disconnect {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Send `"shutdown"` over IPC.
+    SendShutdown {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Send the kill signal, then SIGCONT. `Exited` follows, or not.
+    Signal {
+        /// Which run.
+        id: InstanceId,
+        /// The signal.
+        signal: Signal,
+        /// Who gets it.
+        mode: KillMode,
+    },
+    /// SIGKILL to everything that belongs to the instance. `Exited`, if it has not come yet, and `TreeGone` follow.
+    KillTree {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// The main process has exited: end what it left behind (this signal, 1 s, SIGKILL) and read its pipes to their
+    /// end. Answers `TreeGone`.
+    EndLeftovers {
+        /// Which run.
+        id: InstanceId,
+        /// The signal.
+        signal: Signal,
+    },
+    /// The exit is accounted for: the keeper may reap the zombie, everything of this run is released.
+    Forget {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Close those listeners of the app that are not in `keep`, and those that workers asked for and no run has open:
+    /// the app is stopped, errored or deleted, or was reloaded.
+    CloseListeners {
+        /// Which app.
+        app: AppName,
+        /// What stays open; `None`: nothing, listeners that workers asked for included.
+        keep: Option<Arc<AppSpec>>,
+    },
+    /// A step of an operation, for the client that asked.
+    Progress {
+        /// Which request.
+        op: OpId,
+        /// What happened.
+        step: Step,
+    },
+    /// The answer to `Asked`.
+    Reply {
+        /// Which request.
+        op: OpId,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// Everything is down after `Kill` or `Terminate`: the daemon may end.
+    Quit,
+}
+
+/// What becomes of idle keep-alive connections while draining.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdleConnections {
+    /// They may send one more request: another instance serves.
+    Wait,
+    /// They are closed at once.
+    Close,
+}
+
+/// A step of an operation, as the live display shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Which run.
+    pub id: InstanceId,
+    /// Its slot's number for people.
+    pub pm_id: PmId,
+    /// What happened to it.
+    pub kind: StepKind,
+}
+
+/// What happened to an instance in the course of an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StepKind {
+    /// Waits for its turn to launch.
+    Queued,
+    /// The spawn was asked for.
+    Launching,
+    /// The process runs.
+    Spawned {
+        /// Its main process.
+        pid: u32,
+    },
+    /// Ready this long after the spawn.
+    Ready {
+        /// Since the spawn.
+        after: Duration,
+    },
+    /// Gets no new connections, finishes what it has.
+    Draining,
+    /// The kill signal was sent.
+    Signalled {
+        /// The signal.
+        signal: Signal,
+    },
+    /// It is gone.
+    Gone {
+        /// Since the stop ladder began.
+        after: Duration,
+        /// Whether SIGKILL was needed.
+        killed: bool,
+        /// How it ended.
+        reason: ExitReason,
+    },
+    /// It will not be.
+    Failed {
+        /// Why.
+        reason: ExitReason,
+    },
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done, or already so; one entry per app in the order asked.
+    Done {
+        /// What happened to each app.
+        apps: Vec<(AppName, AppOutcome)>,
+    },
+    /// At least one app failed; the others were done all the same. Exit code 1.
+    Failed {
+        /// What happened to each app.
+        apps: Vec<(AppName, AppOutcome)>,
+    },
+    /// Nothing was done.
+    Refused(Refusal),
+}
+
+/// How a request ended for one app.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AppOutcome {
+    /// It is as asked; the verb in past tense.
+    Done {
+        /// What was done: "started", "stopped", "restarted", "reloaded", "deleted", "scaled".
+        what: &'static str,
+        /// Slots concerned.
+        slots: u32,
+    },
+    /// It was so before.
+    Already {
+        /// What is true: "running", "stopped".
+        what: &'static str,
+    },
+    /// A new instance failed. What serves now is the old ones, for those slots that were not replaced.
+    Failed {
+        /// The run that failed first.
+        id: InstanceId,
+        /// How.
+        reason: ExitReason,
+        /// Slots that run the new release.
+        replaced: Vec<Slot>,
+        /// Slots that still run the old one.
+        kept: Vec<Slot>,
+    },
+    /// Another operation (stop, delete, kill) put an end to this one.
+    Superseded {
+        /// Which: "stop", "delete", "kill".
+        by: &'static str,
+    },
+    /// Done, but the state could not be written: not remembered over a reboot. Exit code 1.
+    NotRemembered {
+        /// What was done.
+        what: &'static str,
+        /// Why it could not be written.
+        error: String,
+    },
+    /// Nothing was done because the state could not be written.
+    NotSaved {
+        /// Why.
+        error: String,
+    },
+}
+
+/// Why nothing was done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No such app. Exit code 3.
+    NoSuchApp(AppName),
+    /// Another operation is going on. Exit code 5.
+    Busy {
+        /// On which app.
+        app: AppName,
+        /// Which operation: "reload", "stop", …
+        operation: &'static str,
+    },
+    /// The daemon is ending. Exit code 5.
+    Ending,
+    /// The request makes no sense for this app. Exit code 2.
+    Invalid(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchApp(app) => write!(f, "there is no app `{app}`"),
+            Self::Busy { app, operation } => write!(f, "a {operation} of `{app}` is going on"),
+            Self::Ending => f.write_str("the daemon is ending"),
+            Self::Invalid(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What a row of the table says about a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotView {
+    /// Its number for people.
+    pub pm_id: PmId,
+    /// Its place.
+    pub slot: Slot,
+    /// Its state.
+    pub status: Status,
+    /// The run the row shows: the newest one that is in rotation, else the newest.
+    pub current: Option<RunView>,
+    /// Older runs that are still there.
+    pub draining: Vec<RunView>,
+    /// Restarts, asked for or not.
+    pub restarts: u32,
+    /// Exits in a row before `min_uptime`.
+    pub unstable: u32,
+    /// When it was created.
+    pub created: crate::model::moment::Moment,
+    /// When the next start is due.
+    pub restart_at: Option<crate::model::moment::Moment>,
+    /// How the last run ended.
+    pub last_exit: Option<ExitReason>,
+    /// Nobody had asked that run to end.
+    pub by_itself: bool,
+}
+
+/// What is shown about one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunView {
+    /// Which run.
+    pub id: InstanceId,
+    /// Its main process, once spawned.
+    pub pid: Option<u32>,
+    /// Its own state.
+    pub status: Status,
+    /// When the spawn was asked for.
+    pub since: crate::model::moment::Moment,
+    /// When it became ready.
+    pub ready_at: Option<crate::model::moment::Moment>,
+    /// Waits for its turn to launch.
+    pub queued: bool,
+    /// When SIGKILL is due, while stopping.
+    pub kill_at: Option<crate::model::moment::Moment>,
+}

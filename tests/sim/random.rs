@@ -1,0 +1,188 @@
+//! Seeded sequences of commands, crashes, failing disks and dying supervisors.
+//!
+//! A sequence that breaks a promise prints its seed; `PM_SIM_SEED=n cargo test --test sim one_seed -- --nocapture`
+//! tells its story again. `PM_SIM_RUNS` sets how many are tried.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pm::model::exit::ExitReason;
+use pm::model::id::Slot;
+use pm::model::signal::Signal;
+use pm::model::spec::AppSpec;
+use pm::policy::vocabulary::{Command, Selected, Verb};
+
+use crate::behaviour::{Behaviour, millis, secs};
+use crate::rng::Rng;
+use crate::sabotage::{Bug, Sabotage};
+use crate::specs::{self, name, spec};
+use crate::world::{Broken, Unkind, World};
+
+const APPS: [&str; 3] = ["api", "web", "job"];
+
+/// What is told by one seed, and what it breaks.
+pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken>) {
+    let mut rng = Rng::new(seed);
+    let mut world = World::new(rng.next());
+    world.verbose = verbose;
+    world.sabotage = Sabotage::new(bug);
+    world.unkind = Unkind {
+        save_fails: *rng.pick(&[0, 0, 5, 40]),
+        save_delay: *rng.pick(&[0, 3, 50]),
+        dies: *rng.pick(&[0, 0, 2, 6]),
+        forgets: *rng.pick(&[0, 0, 20]),
+        doubles: *rng.pick(&[0, 5]),
+        moody: rng.chance(80),
+    };
+    // Two likes, so that a reload may change what an app is.
+    let likes = [*rng.pick(&specs::ALL), *rng.pick(&specs::ALL)];
+    let unkind = world.unkind.clone();
+    let steps = 6 + rng.below(14);
+    for _ in 0..steps {
+        if world.broken.is_some() {
+            break;
+        }
+        step(&mut world, &mut rng, &likes);
+        if world.quit {
+            world.new_daemon();
+        }
+    }
+    // Calm: everything new behaves, the disk works, nobody dies.
+    world.unkind = Unkind { moody: false, save_fails: 0, dies: 0, doubles: 0, ..unkind };
+    world.files.clear();
+    for _ in 0..60 {
+        world.run_for(secs(10));
+        if world.quit {
+            world.new_daemon();
+        }
+    }
+    world.check_converged();
+    let broken = world.broken.clone();
+    (world, broken)
+}
+
+fn any_spec(rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -> AppSpec {
+    let like = if rng.chance(80) { likes[0] } else { likes[1] };
+    let mut spec = spec(app, like, u32::try_from(1 + rng.below(3)).unwrap());
+    if rng.chance(30) {
+        spec.env.vars.insert(String::from("RELEASE"), rng.below(3).to_string());
+    }
+    match rng.below(10) {
+        0 => spec.reload.max_surge = 2,
+        1 => (spec.reload.max_surge, spec.reload.max_unavailable) = (0, 1),
+        2 => spec.reload.max_unavailable = 1,
+        3 => spec.restart.autorestart = false,
+        4 => spec.restart.restart_delay = Some(secs(rng.below(4))),
+        5 => spec.restart.max_restarts = 2,
+        6 => spec.stop.with_message = true,
+        7 => spec.stop.timeout = millis(800),
+        8 => spec.restart.stop_exit_codes = vec![0],
+        _ => {}
+    }
+    spec
+}
+
+fn step(world: &mut World, rng: &mut Rng, likes: &[specs::Like; 2]) {
+    let app = *rng.pick(&APPS);
+    match rng.below(22) {
+        0..=3 => {
+            let spec = any_spec(rng, app, likes);
+            world.ask(Command::Start { specs: vec![Arc::new(spec)] });
+        }
+        4 => {
+            let specs = APPS.iter().map(|app| Arc::new(any_spec(rng, app, likes))).collect();
+            world.ask(Command::Start { specs });
+        }
+        5..=7 => act(world, rng, Verb::Reload, app, likes),
+        8 => act(world, rng, Verb::Restart, app, likes),
+        9..=10 => act(world, rng, Verb::Stop, app, likes),
+        11 => act(world, rng, Verb::Delete, app, likes),
+        12 => act(world, rng, Verb::Start, app, likes),
+        13 => {
+            let instances = u32::try_from(rng.below(5)).unwrap();
+            world.ask(Command::Scale { app: name(app), instances });
+        }
+        14 => {
+            let verb = *rng.pick(&[Verb::Reload, Verb::Stop, Verb::Restart, Verb::Delete]);
+            let selection = APPS.iter().map(|app| Selected { app: name(app), slots: None }).collect();
+            world.ask(Command::Act { verb, selection, specs: Vec::new() });
+        }
+        15 => {
+            let slot = u32::try_from(rng.below(3)).unwrap();
+            let reason = if rng.chance(50) {
+                ExitReason::Code(i32::try_from(rng.below(2)).unwrap())
+            } else {
+                ExitReason::Signal(Signal::KILL)
+            };
+            world.crash(app, slot, &reason);
+        }
+        16 if world.unkind.dies > 0 => world.supervisor_dies(),
+        17 if rng.chance(20) => world.reboot(),
+        18 if rng.chance(20) => {
+            world.ask(Command::Kill);
+        }
+        18 if rng.chance(20) => {
+            world.ask(Command::Terminate);
+        }
+        19 if rng.chance(40) => world.sleep_for(secs(6 + rng.below(30))),
+        20 => {
+            world.ask(Command::Reset { selection: vec![Selected { app: name(app), slots: None }] });
+        }
+        _ => world.deploy(app, Behaviour::random(rng)),
+    }
+    // Often nothing happens in between.
+    let span = match rng.below(6) {
+        0 => 0,
+        1 => rng.below(5),
+        2 => rng.below(60),
+        3 => rng.below(400),
+        4 => rng.below(4000),
+        _ => rng.below(20_000),
+    };
+    world.run_for(millis(span));
+}
+
+fn act(world: &mut World, rng: &mut Rng, verb: Verb, app: &str, likes: &[specs::Like; 2]) {
+    let slots = rng.chance(25).then(|| vec![Slot(u32::try_from(rng.below(3)).unwrap())]);
+    let specs = if slots.is_none() && matches!(verb, Verb::Reload | Verb::Restart) && rng.chance(40) {
+        vec![Arc::new(any_spec(rng, app, likes))]
+    } else {
+        Vec::new()
+    };
+    world.ask(Command::Act { verb, selection: vec![Selected { app: name(app), slots }], specs });
+}
+
+/// The first seed with which this bug breaks a promise.
+pub(crate) fn first_breach(bug: Bug, seeds: Range<u64>) -> Option<(u64, String)> {
+    seeds.into_iter().find_map(|seed| story(seed, bug, false).1.map(|Broken(why)| (seed, why)))
+}
+
+#[test]
+fn one_seed() {
+    let seed = std::env::var("PM_SIM_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    let (world, broken) = story(seed, Bug::None, true);
+    if let Some(Broken(why)) = broken {
+        panic!("seed {seed}: {why}\n{}", world.log.join("\n"));
+    }
+    if std::env::var_os("PM_SIM_SEED").is_some() {
+        println!("{}", world.log.join("\n"));
+    }
+}
+
+#[test]
+fn twenty_thousand_sequences_hold_the_promises() {
+    let runs = std::env::var("PM_SIM_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
+    let first = std::env::var("PM_SIM_FIRST").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let mut spawns = 0;
+    let mut answers = 0;
+    for seed in first..first + runs {
+        let (world, broken) = story(seed, Bug::None, false);
+        if let Some(Broken(why)) = broken {
+            panic!("seed {seed}: {why}; PM_SIM_SEED={seed} tells the story");
+        }
+        spawns += u64::from(world.spawns);
+        answers += world.outcomes.len() as u64;
+    }
+    println!("{runs} sequences, {spawns} processes, {answers} answers");
+    assert!(spawns > runs && answers > runs, "the sequences do nothing");
+}

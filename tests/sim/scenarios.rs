@@ -1,0 +1,493 @@
+//! Stories about single promises. `check` shows what a person would see: the rows, and how the last request ended.
+
+use std::sync::Arc;
+
+use pm::model::exit::ExitReason;
+use pm::model::signal::Signal;
+use pm::policy::vocabulary::{Command, Retry, Selected, StepKind, Verb};
+
+use crate::behaviour::{Behaviour, millis, secs};
+use crate::specs::{Like, name, spec};
+use crate::world::World;
+
+#[test]
+fn worker_that_never_gets_ready_leaves_the_old_one_serving() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    let old = world.pids("api");
+    world.deploy("api", Behaviour::never_ready());
+    world.act(Verb::Reload, "api");
+    // listen_timeout is 5 s; the command ends no later than 1 s after it.
+    world.run_for(secs(6));
+    world.check("api", "0: online v1 | 1: online v1 | failed: 0 not ready in time, 0 replaced, 2 kept");
+    assert_eq!(world.pids("api"), old);
+    world.deploy("api", Behaviour::default());
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(6));
+    world.check("api", "0: online v3 | 1: online v3 | reloaded");
+}
+
+#[test]
+fn release_that_crashes_at_boot_leaves_the_old_one_serving() {
+    let mut world = World::with_app("api", Like::PoliteWorkers, 3);
+    let old = world.pids("api");
+    world.deploy("api", Behaviour::crashes_after(millis(20)));
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(100));
+    world.check(
+        "api",
+        "0: online v1 | 1: online v1 | 2: online v1 | failed: 0 exit code 1, 0 replaced, 3 kept",
+    );
+    assert_eq!(world.pids("api"), old);
+}
+
+#[test]
+fn release_that_crashes_just_after_ready_is_not_spread() {
+    let mut world = World::with_app("api", Like::Workers, 3);
+    world.deploy("api", Behaviour { exits_after: Some((millis(70), 3)), ..Behaviour::default() });
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(1));
+    let seen = world.last();
+    assert!(seen.starts_with("failed: 0 exit code 3"), "{seen}");
+    let picture = world.picture("api");
+    assert!(picture.contains("1: online v1 | 2: online v1"), "{picture}");
+    world.expect_no_breach();
+}
+
+#[test]
+fn reload_of_idle_workers_takes_no_longer_than_their_start() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    world.act(Verb::Reload, "api");
+    // 50 ms until each is ready, a few more for the ladder.
+    world.run_for(millis(150));
+    world.check("api", "0: online v1 | 1: online v1 | reloaded");
+    let ready = world.steps.iter().filter(|(_, step)| matches!(step.kind, StepKind::Ready { .. })).count();
+    assert_eq!(ready, 2 + 2, "the start and the reload report each instance that gets ready");
+}
+
+#[test]
+fn new_worker_takes_over_only_when_it_listens_wherever_the_old_one_serves() {
+    let mut world = World::with_app("api", Like::PoliteWorkers, 1);
+    world.deploy("api", Behaviour { listens_after: Some(secs(3)), ..Behaviour::default() });
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(2));
+    world.check("api", "0: online v1 + launching v2 | no reply");
+    world.run_for(secs(2));
+    world.check("api", "0: online v2 | reloaded");
+}
+
+#[test]
+fn new_worker_on_another_port_need_not_listen_on_the_old_one() {
+    let mut world = World::with_app("api", Like::PoliteWorkers, 1);
+    world.deploy("api", Behaviour { keys: 0, ..Behaviour::default() });
+    let mut moved = spec("api", Like::PoliteWorkers, 1);
+    moved.env.vars.insert(String::from("PORT"), String::from("4000"));
+    world.act_on(Verb::Reload, "api", None, Some(moved));
+    world.run_for(secs(1));
+    world.check("api", "0: online v2 | reloaded");
+}
+
+#[test]
+fn reload_without_overlap_goes_one_slot_at_a_time() {
+    let mut world = World::with_app("job", Like::Plain, 2);
+    world.deploy("job", Behaviour::default());
+    world.act(Verb::Reload, "job");
+    // Ready after min_uptime of 1 s.
+    world.run_for(millis(500));
+    world.check("job", "0: launching v2 | 1: online v1 | no reply");
+    world.run_for(secs(1));
+    world.check("job", "0: online v2 | 1: launching v2 | no reply");
+    world.run_for(secs(1));
+    world.check("job", "0: online v2 | 1: online v2 | reloaded");
+}
+
+#[test]
+fn failed_reload_in_place_leaves_the_other_slots_alone() {
+    let mut world = World::with_app("job", Like::Plain, 2);
+    world.deploy("job", Behaviour::crashes_after(millis(200)));
+    world.act(Verb::Reload, "job");
+    world.run_for(millis(260));
+    world.check("job", "0: launching v2 | 1: online v1 | failed: 0 exit code 1, 0 replaced, 1 kept");
+}
+
+#[test]
+fn max_unavailable_takes_the_old_one_out_first() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    let mut lean = spec("api", Like::Workers, 3);
+    (lean.reload.max_surge, lean.reload.max_unavailable) = (0, 1);
+    world.start(lean);
+    world.run_for(secs(1));
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(30));
+    assert_eq!(world.pids("api").len(), 3, "never more than three");
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | 1: online v1 | 2: online v1 | reloaded");
+}
+
+#[test]
+fn second_reload_waits_and_a_third_joins_it() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.deploy("api", Behaviour { ready_after: Some(secs(1)), ..Behaviour::default() });
+    let first = world.ask(reload("api"));
+    world.run_for(millis(100));
+    world.deploy("api", Behaviour { ready_after: Some(secs(1)), ..Behaviour::default() });
+    let second = world.ask(reload("api"));
+    let third = world.ask(reload("api"));
+    world.run_for(millis(1100));
+    assert!(world.outcomes.iter().any(|(op, _)| *op == first));
+    assert!(!world.outcomes.iter().any(|(op, _)| *op == second));
+    world.run_for(secs(2));
+    world.check("api", "0: online v3 | reloaded");
+    assert!(world.outcomes.iter().any(|(op, _)| *op == second));
+    assert!(world.outcomes.iter().any(|(op, _)| *op == third));
+}
+
+#[test]
+fn stop_puts_an_end_to_a_reload_and_scale_is_refused() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    world.deploy("api", Behaviour::never_ready());
+    let reloading = world.ask(reload("api"));
+    world.run_for(secs(1));
+    world.ask(Command::Scale { app: name("api"), instances: 3 });
+    world.check("api", "0: online v1 + launching v2 | 1: online v1 | refused: a reload of `api` is going on");
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(100));
+    world.check("api", "0: stopped | 1: stopped | stopped");
+    let outcome = format!("{:?}", world.outcomes.iter().find(|(op, _)| *op == reloading));
+    assert!(outcome.contains("Superseded { by: \"stop\" }"), "{outcome}");
+}
+
+#[test]
+fn stop_of_an_idle_app_takes_milliseconds() {
+    for like in crate::specs::ALL {
+        let mut world = World::with_app("api", like, 2);
+        world.act(Verb::Stop, "api");
+        world.run_for(millis(20));
+        world.check("api", "0: stopped | 1: stopped | stopped");
+    }
+}
+
+#[test]
+fn requests_in_flight_are_finished_before_the_signal() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("api"), (1, Behaviour { drains_after: Some(secs(2)), ..Behaviour::default() }));
+    world.start(spec("api", Like::NodeFork, 1));
+    world.run_for(secs(1));
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(1900));
+    world.check("api", "0: stopping v1 | no reply");
+    world.run_for(millis(200));
+    world.check("api", "0: stopped | stopped");
+}
+
+#[test]
+fn app_that_ignores_its_signal_is_killed_after_kill_timeout() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("api"), (1, Behaviour::ignores_signals()));
+    world.start(spec("api", Like::Plain, 1));
+    world.run_for(secs(1));
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(9900));
+    world.check("api", "0: stopping v1 | no reply");
+    world.run_for(millis(200));
+    world.check("api", "0: stopped | stopped");
+    let killed = world.steps.iter().any(|(_, step)| matches!(step.kind, StepKind::Gone { killed: true, .. }));
+    assert!(killed);
+}
+
+#[test]
+fn nobody_is_late_after_a_sleep() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("api"), (1, Behaviour { obeys_after: Some(secs(5)), ..Behaviour::default() }));
+    world.start(spec("api", Like::Plain, 1));
+    world.run_for(secs(1));
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(1));
+    world.sleep_for(secs(3600));
+    world.run_for(secs(6));
+    world.check("api", "0: stopped | stopped");
+    let killed = world.steps.iter().any(|(_, step)| matches!(step.kind, StepKind::Gone { killed: true, .. }));
+    assert!(!killed, "it had 10 s, and slept for most of them");
+}
+
+#[test]
+fn first_crash_restarts_at_once_and_the_next_ones_wait() {
+    let mut world = World::with_app("job", Like::Plain, 1);
+    world.crash("job", 0, &ExitReason::Signal(Signal::KILL));
+    world.run_for(millis(5));
+    world.check("job", "0: launching v1 | started");
+    world.run_for(secs(2));
+    world.crash("job", 0, &ExitReason::Code(1));
+    world.run_for(millis(50));
+    world.check("job", "0: waiting restart | started");
+    world.run_for(millis(80));
+    world.check("job", "0: launching v1 | started");
+}
+
+#[test]
+fn sixteen_quick_crashes_are_enough() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("job"), (1, Behaviour::crashes_after(millis(30))));
+    world.start(spec("job", Like::Plain, 1));
+    world.run_for(millis(200));
+    world.check("job", "0: waiting restart | failed: 0 exit code 1, 0 replaced, 0 kept");
+    world.run_for(secs(200));
+    world.check("job", "0: errored | failed: 0 exit code 1, 0 replaced, 0 kept");
+    assert_eq!(world.spawns, 16);
+    world.deploy("job", Behaviour::default());
+    world.act(Verb::Start, "job");
+    world.run_for(secs(1));
+    world.check("job", "0: online v2 | started");
+}
+
+#[test]
+fn stop_wins_against_a_pending_restart() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    let mut patient = spec("job", Like::Plain, 1);
+    patient.restart.restart_delay = Some(secs(5));
+    world.start(patient);
+    world.run_for(secs(1));
+    world.crash("job", 0, &ExitReason::Code(1));
+    world.run_for(secs(1));
+    world.check("job", "0: waiting restart | started");
+    world.act(Verb::Stop, "job");
+    world.run_for(secs(60));
+    world.check("job", "0: stopped | stopped");
+    assert_eq!(world.spawns, 1);
+}
+
+#[test]
+fn what_a_crashed_process_left_behind_ends_before_its_successor_starts() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("job"), (1, Behaviour { leftovers_for: millis(800), ..Behaviour::default() }));
+    world.start(spec("job", Like::Plain, 1));
+    world.run_for(secs(1));
+    world.crash("job", 0, &ExitReason::Code(1));
+    world.run_for(millis(700));
+    world.check("job", "0: stopping v1 | started");
+    world.run_for(millis(400));
+    world.check("job", "0: online v1 | started");
+}
+
+#[test]
+fn job_that_is_not_to_be_restarted_keeps_its_code_and_stays_down() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world
+        .files
+        .insert(name("job"), (1, Behaviour { exits_after: Some((millis(40), 0)), ..Behaviour::default() }));
+    let mut once = spec("job", Like::Plain, 1);
+    once.restart.autorestart = false;
+    world.start(once);
+    world.run_for(secs(1));
+    // It did what it was started for, also when that took less than 100 ms.
+    world.check("job", "0: stopped | started");
+    let row = world.fleet.as_ref().unwrap().app(&name("job")).unwrap().slots[0].clone();
+    assert_eq!(row.last_exit, Some(ExitReason::Code(0)));
+    world.reboot();
+    world.run_for(secs(5));
+    assert_eq!(world.spawns, 1, "what ended for good does not come back with a reboot");
+}
+
+#[test]
+fn missing_script_fails_at_once_and_is_not_tried_again() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.files.insert(name("job"), (1, Behaviour { no_spawn: Some(Retry::Never), ..Behaviour::default() }));
+    world.start(spec("job", Like::Plain, 1));
+    world.run_for(secs(60));
+    world.check("job", "0: errored | failed: 0 not started: EAGAIN, 0 replaced, 0 kept");
+    assert_eq!(world.spawns, 1);
+}
+
+#[test]
+fn two_starts_of_one_file_make_one_app() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(spec("api", Like::Workers, 2));
+    world.start(spec("api", Like::Workers, 2));
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | 1: online v1 | started");
+    assert_eq!((world.outcomes.len(), world.spawns), (2, 2));
+    world.start(spec("api", Like::Workers, 2));
+    world.check("api", "0: online v1 | 1: online v1 | already running");
+}
+
+#[test]
+fn another_number_of_instances_touches_no_other_instance() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    let old = world.pids("api");
+    world.start(spec("api", Like::Workers, 4));
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | 1: online v1 | 2: online v1 | 3: online v1 | scaled");
+    assert_eq!(world.pids("api")[..2], old[..]);
+    world.ask(Command::Scale { app: name("api"), instances: 1 });
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | scaled");
+    assert_eq!(world.pids("api"), old[..1]);
+}
+
+#[test]
+fn reload_may_change_the_number_of_instances() {
+    let mut world = World::with_app("api", Like::Workers, 3);
+    world.deploy("api", Behaviour::default());
+    let mut fewer = spec("api", Like::Workers, 1);
+    fewer.namespace = String::from("other");
+    world.act_on(Verb::Reload, "api", None, Some(fewer));
+    world.run_for(secs(8));
+    world.check("api", "0: online v2 | reloaded");
+    world.deploy("api", Behaviour::never_ready());
+    world.act_on(Verb::Reload, "api", None, Some(spec("api", Like::Workers, 3)));
+    world.run_for(secs(8));
+    world.check("api", "0: online v2 | failed: 0 not ready in time, 0 replaced, 1 kept");
+}
+
+#[test]
+fn a_single_slot_can_be_restarted_and_stopped() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    let old = world.pids("api");
+    world.deploy("api", Behaviour::default());
+    world.act_on(Verb::Restart, "api", Some(&[1]), None);
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | 1: online v2 | restarted");
+    assert_eq!(world.pids("api")[0], old[0]);
+    world.act_on(Verb::Stop, "api", Some(&[0]), None);
+    world.run_for(secs(1));
+    world.check("api", "0: stopped | 1: online v2 | stopped");
+    world.act_on(Verb::Delete, "api", Some(&[0]), None);
+    world.check(
+        "api",
+        "0: stopped | 1: online v2 | refused: only the highest instances of `api` can be deleted alone; \
+         `pm scale api 1` does that",
+    );
+}
+
+#[test]
+fn full_disk_refuses_start_and_lets_stop_act() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.unkind.save_fails = 100;
+    world.start(spec("web", Like::Workers, 1));
+    world.run_for(millis(100));
+    world.check("web", "unknown | not saved");
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(100));
+    world.check("api", "0: online v1 | not saved");
+    world.act(Verb::Restart, "api");
+    world.run_for(millis(200));
+    world.check("api", "0: online v1 | restarted");
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(100));
+    world.check("api", "0: stopped | stopped, not remembered");
+    world.supervisor_dies();
+    world.run_for(secs(5));
+    world.check("api", "0: stopped | stopped, not remembered");
+    world.unkind.save_fails = 0;
+    world.run_for(secs(5));
+    world.reboot();
+    world.run_for(secs(5));
+    world.check("api", "0: stopped | stopped, not remembered");
+}
+
+#[test]
+fn new_supervisor_adopts_what_lives_and_accounts_for_what_died() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    let old = world.pids("api");
+    world.supervisor_dies();
+    world.crash("api", 1, &ExitReason::Code(7));
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | 1: online v1 | started");
+    assert_eq!(world.pids("api")[0], old[0]);
+    let rows = world.fleet.as_ref().unwrap().app(&name("api")).unwrap().slots;
+    assert_eq!((rows[0].restarts, rows[1].restarts), (0, 1));
+    assert_eq!(rows[1].last_exit, Some(ExitReason::Code(7)));
+}
+
+#[test]
+fn new_supervisor_finishes_a_reload() {
+    let mut world = World::with_app("api", Like::Workers, 3);
+    world.deploy("api", Behaviour { ready_after: Some(secs(1)), ..Behaviour::default() });
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(1500));
+    world.supervisor_dies();
+    world.run_for(secs(10));
+    world.check("api", "0: online v2 | 1: online v2 | 2: online v2 | no reply");
+}
+
+#[test]
+fn reboot_starts_what_was_running_and_nothing_else() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    world.start(spec("job", Like::Plain, 1));
+    world.run_for(secs(1));
+    world.act(Verb::Stop, "job");
+    world.run_for(secs(1));
+    world.reboot();
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | 1: online v1 | stopped");
+    world.check("job", "0: stopped | stopped");
+}
+
+#[test]
+fn kill_forgets_everything_and_terminate_nothing() {
+    let mut world = World::with_app("api", Like::Workers, 2);
+    world.ask(Command::Terminate);
+    world.run_for(secs(1));
+    assert!(world.quit && world.pids("api").is_empty());
+    world.new_daemon();
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | 1: online v1 | stopped");
+    world.ask(Command::Kill);
+    world.run_for(secs(1));
+    assert!(world.quit && world.disk.apps.is_empty() && world.disk.next_pm_id == 0);
+}
+
+#[test]
+fn hundred_plain_processes_do_not_wait_for_each_other() {
+    let mut world = World::new(1);
+    let specs = (0..100).map(|n| Arc::new(spec(&format!("job{n}"), Like::Plain, 1))).collect();
+    world.ask(Command::Start { specs });
+    world.run_for(millis(200));
+    world.expect_no_breach();
+    assert_eq!(world.last().matches("started").count(), 100, "{}", world.last());
+}
+
+#[test]
+fn only_a_few_workers_launch_at_the_same_time() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(spec("api", Like::Workers, 10));
+    world.run_for(millis(30));
+    assert_eq!(world.pids("api").len(), 4, "start_parallelism");
+    world.run_for(secs(1));
+    assert_eq!(world.pids("api").len(), 10);
+}
+
+#[test]
+fn reload_of_everything_goes_two_apps_at_a_time_and_past_failures() {
+    let mut world = World::new(1);
+    for app in ["a", "b", "c"] {
+        world.start(spec(app, Like::Workers, 1));
+    }
+    world.run_for(secs(1));
+    for app in ["a", "b", "c"] {
+        world.deploy(app, Behaviour { ready_after: Some(secs(1)), ..Behaviour::default() });
+    }
+    world.deploy("b", Behaviour::crashes_after(millis(10)));
+    let selection = ["a", "b", "c"].map(|app| Selected { app: name(app), slots: None }).to_vec();
+    world.ask(Command::Act { verb: Verb::Reload, selection, specs: Vec::new() });
+    world.run_for(millis(5));
+    assert_eq!(world.procs.len(), 5, "two of three are being reloaded");
+    world.run_for(secs(4));
+    assert_eq!(world.last(), "reloaded, failed: 0 exit code 1, 0 replaced, 1 kept, reloaded");
+    world.expect_no_breach();
+}
+
+fn reload(app: &str) -> Command {
+    let selection = vec![Selected { app: name(app), slots: None }];
+    Command::Act { verb: Verb::Reload, selection, specs: Vec::new() }
+}

@@ -1,0 +1,1164 @@
+//! Processes, a keeper, a disk and a clock that exist only here, and what must be true of them.
+//!
+//! The world performs a turn's actions in order, as the daemon does: what follows a `Save` waits until that is durable.
+//! What the keeper holds (processes, zombies, unread words on channels) survives the supervisor; what only the
+//! supervisor knew (answers under way, rotation, a save in flight) does not.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pm::model::exit::ExitReason;
+use pm::model::id::{AppName, InstanceId, OpId, Slot};
+use pm::model::moment::Moment;
+use pm::model::saved::{Desired, Found, Memo, SavedFleet};
+use pm::model::signal::Signal;
+use pm::model::spec::{AppSpec, ReloadRules};
+use pm::model::status::Status;
+use pm::policy::fleet::{Fleet, Settings};
+use pm::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Step, Verb};
+
+use crate::behaviour::{Behaviour, millis, secs};
+use crate::rng::Rng;
+use crate::sabotage::{Bug, Sabotage};
+use crate::specs::{Like, name, spec};
+
+/// A broken promise.
+#[derive(Clone, Debug)]
+pub(crate) struct Broken(pub String);
+
+macro_rules! broken {
+    ($world:expr, $($text:tt)*) => {
+        $world.break_promise(format!($($text)*))
+    };
+}
+
+/// A child of the keeper.
+#[derive(Clone, Debug)]
+pub(crate) struct Proc {
+    pub(crate) spec: Arc<AppSpec>,
+    pub(crate) born: Moment,
+    pub(crate) revision: u64,
+    pub(crate) version: u32,
+    pub(crate) behaviour: Behaviour,
+    pub(crate) pid: Option<u32>,
+    /// How it ended; a zombie until it is forgotten.
+    pub(crate) exited: Option<ExitReason>,
+    /// The supervisor knows that it ended.
+    pub(crate) exit_told: bool,
+    pub(crate) tree_gone: bool,
+    /// What it wrote on its channel, and whether the supervisor has recorded that.
+    pub(crate) said_ready: bool,
+    pub(crate) keys: BTreeSet<String>,
+    pub(crate) told: Vec<Event>,
+    /// In rotation, as far as the dispatcher of this supervisor knows.
+    pub(crate) put_in: bool,
+    /// A hand-over is unanswered until then.
+    pub(crate) settles_at: Option<Moment>,
+    /// It drains, and is not to be disturbed until then.
+    pub(crate) drain_until: Option<Moment>,
+    pub(crate) signalled_at: Option<Moment>,
+    /// The supervisor died between remembering its signal and sending it.
+    pub(crate) signal_lost: bool,
+    /// The supervisor lost its memory and had to believe that it is ready.
+    pub(crate) believed: bool,
+    pub(crate) ladder: bool,
+}
+
+impl Proc {
+    fn alive(&self) -> bool {
+        self.pid.is_some() && self.exited.is_none()
+    }
+
+    fn may_serve(&self) -> bool {
+        let ready = if self.spec.ready.wait_ready {
+            self.said_ready
+        } else if self.spec.is_node_cluster() {
+            !self.keys.is_empty()
+        } else {
+            true
+        };
+        self.alive() && (ready || self.believed)
+    }
+
+    fn serves(&self) -> bool {
+        self.may_serve() && !self.ladder
+    }
+}
+
+/// Something that is going to happen.
+#[derive(Clone, Debug)]
+enum Happening {
+    /// The keeper has forked, or could not.
+    Birth(InstanceId),
+    /// The process becomes ready or listens.
+    Says(InstanceId, Word),
+    Exits(InstanceId, ExitReason),
+    TreeGoes(InstanceId),
+    /// The supervisor hears something that only it waits for.
+    Hears(Event),
+    /// A late double of what it has heard.
+    HearsAgain(Event),
+    SaveEnds(SaveId, SavedFleet),
+    SupervisorStarts,
+}
+
+#[derive(Clone, Debug)]
+enum Word {
+    Ready,
+    Listens(String),
+}
+
+/// How unkind the world is.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Unkind {
+    /// Percent of saves that fail.
+    pub(crate) save_fails: u64,
+    /// The longest save, in ms.
+    pub(crate) save_delay: u64,
+    /// Percent of turns in which the supervisor dies.
+    pub(crate) dies: u64,
+    /// Percent of deaths that take the memory with them.
+    pub(crate) forgets: u64,
+    /// Percent of events that are heard twice.
+    pub(crate) doubles: u64,
+    /// Every process behaves as it likes.
+    pub(crate) moody: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) now: Moment,
+    pub(crate) fleet: Option<Fleet>,
+    pub(crate) procs: BTreeMap<InstanceId, Proc>,
+    pub(crate) disk: SavedFleet,
+    memo: Option<Memo>,
+    agenda: BTreeMap<(Moment, u64), Happening>,
+    seq: u64,
+    pids: u32,
+    /// Which version of its files an app has, and how that behaves.
+    pub(crate) files: BTreeMap<AppName, (u32, Behaviour)>,
+    pub(crate) rng: Rng,
+    pub(crate) unkind: Unkind,
+    pub(crate) sabotage: Sabotage,
+    settings: Settings,
+    /// Every generation that was ever spawned in the life of its slot.
+    spawned: BTreeSet<InstanceId>,
+    ops: u64,
+    /// Requests without a reply, and when they were made.
+    pub(crate) open: BTreeMap<OpId, (Moment, Command)>,
+    /// Slots that somebody was told are stopped or deleted, and nobody has asked to start since.
+    down: BTreeSet<(AppName, Slot)>,
+    pub(crate) outcomes: Vec<(OpId, Outcome)>,
+    pub(crate) steps: Vec<(OpId, Step)>,
+    pub(crate) quit: bool,
+    pub(crate) broken: Option<Broken>,
+    pub(crate) log: Vec<String>,
+    pub(crate) verbose: bool,
+    pub(crate) spawns: u32,
+    stuck: u32,
+    last_op: Option<OpId>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64) -> Self {
+        let settings = Settings { start_parallelism: 4 };
+        Self {
+            now: Moment::from_nanos(1_000_000_000),
+            fleet: Some(Fleet::new(settings)),
+            procs: BTreeMap::new(),
+            disk: SavedFleet::default(),
+            memo: None,
+            agenda: BTreeMap::new(),
+            seq: 0,
+            pids: 100,
+            files: BTreeMap::new(),
+            rng: Rng::new(seed),
+            unkind: Unkind::default(),
+            sabotage: Sabotage::new(Bug::None),
+            settings,
+            spawned: BTreeSet::new(),
+            ops: 0,
+            open: BTreeMap::new(),
+            down: BTreeSet::new(),
+            outcomes: Vec::new(),
+            steps: Vec::new(),
+            quit: false,
+            broken: None,
+            log: Vec::new(),
+            verbose: false,
+            spawns: 0,
+            stuck: 0,
+            last_op: None,
+        }
+    }
+
+    /// A world in which this app is online at version 1.
+    pub(crate) fn with_app(app: &str, like: Like, instances: u32) -> Self {
+        let mut world = Self::new(1);
+        world.verbose = true;
+        world.start(spec(app, like, instances));
+        world.run_for(secs(3));
+        world.expect_no_breach();
+        world
+    }
+
+    // What scenarios do.
+
+    pub(crate) fn start(&mut self, spec: AppSpec) {
+        self.files.entry(spec.name.clone()).or_insert((1, Behaviour::default()));
+        self.ask(Command::Start { specs: vec![Arc::new(spec)] });
+    }
+
+    pub(crate) fn act(&mut self, verb: Verb, app: &str) {
+        self.act_on(verb, app, None, None);
+    }
+
+    pub(crate) fn act_on(&mut self, verb: Verb, app: &str, slots: Option<&[u32]>, spec: Option<AppSpec>) {
+        let slots = slots.map(|slots| slots.iter().map(|slot| Slot(*slot)).collect());
+        self.ask(Command::Act {
+            verb,
+            selection: vec![Selected { app: name(app), slots }],
+            specs: spec.into_iter().map(Arc::new).collect(),
+        });
+    }
+
+    /// New files for the app; they take effect with the next spawn.
+    pub(crate) fn deploy(&mut self, app: &str, behaviour: Behaviour) {
+        let version = self.files.get(&name(app)).map_or(1, |(version, _)| version + 1);
+        self.files.insert(name(app), (version, behaviour));
+    }
+
+    pub(crate) fn ask(&mut self, command: Command) -> OpId {
+        self.ops += 1;
+        let op = OpId(self.ops);
+        if self.fleet.is_some() && !self.quit {
+            self.open.insert(op, (self.now, command.clone()));
+            self.down.retain(|(app, _)| !concerns(&command, app) || is_end(&command));
+            self.last_op = Some(op);
+            self.turn(Event::Asked { op, command });
+        }
+        op
+    }
+
+    /// The oldest live instance of a slot ends like this.
+    pub(crate) fn crash(&mut self, app: &str, slot: u32, reason: &ExitReason) {
+        let id =
+            self.procs.iter().find(|(id, proc)| id.app == name(app) && id.slot == Slot(slot) && proc.alive());
+        if let Some((id, _)) = id {
+            let id = id.clone();
+            self.happen(Happening::Exits(id, reason.clone()));
+        }
+    }
+
+    pub(crate) fn pids(&self, app: &str) -> Vec<u32> {
+        self.procs
+            .iter()
+            .filter(|(id, proc)| id.app == name(app) && proc.alive())
+            .filter_map(|(_, p)| p.pid)
+            .collect()
+    }
+
+    pub(crate) fn run_for(&mut self, span: Duration) {
+        let end = self.now + span;
+        while self.broken.is_none() && self.next(end) {}
+        self.now = self.now.max(end);
+    }
+
+    /// Time passes, and nothing runs: a suspended machine, or SIGSTOP.
+    pub(crate) fn sleep_for(&mut self, span: Duration) {
+        self.now = self.now + span;
+        let late: Vec<_> = std::mem::take(&mut self.agenda).into_iter().collect();
+        for ((at, seq), happening) in late {
+            self.agenda.insert((at + span, seq), happening);
+        }
+    }
+
+    /// What a person would see.
+    pub(crate) fn picture(&self, app: &str) -> String {
+        let mut text = String::new();
+        let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&name(app))) else {
+            return String::from("unknown");
+        };
+        for slot in &view.slots {
+            let run = slot.current.as_ref().and_then(|run| self.procs.get(&run.id));
+            let version = run.map_or(String::new(), |proc| format!(" v{}", proc.version));
+            let separator = if text.is_empty() { "" } else { " | " };
+            write!(text, "{separator}{}: {}{version}", slot.slot, slot.status).unwrap();
+            for other in &slot.draining {
+                let version = self.procs.get(&other.id).map_or(0, |proc| proc.version);
+                write!(text, " + {} v{version}", other.status).unwrap();
+            }
+        }
+        text
+    }
+
+    /// How the last request ended.
+    pub(crate) fn last(&self) -> String {
+        let Some(op) = self.last_op else { return String::from("nothing asked") };
+        let Some((_, outcome)) = self.outcomes.iter().find(|(one, _)| *one == op) else {
+            return String::from("no reply");
+        };
+        let of_app = |outcome: &AppOutcome| match outcome {
+            AppOutcome::Done { what, .. } => (*what).to_owned(),
+            AppOutcome::Already { what } => format!("already {what}"),
+            AppOutcome::Failed { id, reason, replaced, kept } => {
+                format!("failed: {} {reason}, {} replaced, {} kept", id.slot, replaced.len(), kept.len())
+            }
+            AppOutcome::Superseded { by } => format!("superseded by {by}"),
+            AppOutcome::NotRemembered { what, .. } => format!("{what}, not remembered"),
+            AppOutcome::NotSaved { .. } => String::from("not saved"),
+        };
+        match outcome {
+            Outcome::Done { apps } | Outcome::Failed { apps } => {
+                apps.iter().map(|(_, outcome)| of_app(outcome)).collect::<Vec<_>>().join(", ")
+            }
+            Outcome::Refused(refusal) => format!("refused: {refusal}"),
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn check(&self, app: &str, expected: &str) {
+        self.expect_no_breach();
+        let seen = format!("{} | {}", self.picture(app), self.last());
+        assert_eq!(seen, expected, "\n{}", self.log.join("\n"));
+    }
+
+    #[track_caller]
+    pub(crate) fn expect_no_breach(&self) {
+        if let Some(Broken(why)) = &self.broken {
+            panic!("{why}\n{}", self.log.join("\n"));
+        }
+    }
+
+    // The clock.
+
+    fn later(&mut self, span: Duration, happening: Happening) {
+        self.seq += 1;
+        self.agenda.insert((self.now + span, self.seq), happening);
+    }
+
+    /// Lets the next thing happen that does so before `end`. Says whether there was one.
+    pub(crate) fn next(&mut self, end: Moment) -> bool {
+        if self.quit {
+            return false;
+        }
+        let planned = self.agenda.keys().next().copied();
+        let due = self.fleet.as_ref().and_then(Fleet::next_deadline);
+        match (planned, due) {
+            // An exit outranks a grace period that has just run out.
+            (Some(key), due) if due.is_none_or(|at| key.0 <= at) => {
+                if key.0 > end {
+                    return false;
+                }
+                self.stuck = 0;
+                self.now = self.now.max(key.0);
+                if let Some(happening) = self.agenda.remove(&key) {
+                    self.happen(happening);
+                }
+            }
+            (_, Some(at)) => {
+                if at > end {
+                    return false;
+                }
+                self.stuck = if at <= self.now { self.stuck + 1 } else { 0 };
+                if self.stuck > 8 {
+                    broken!(self, "next_deadline {at:?} stays in the past");
+                    return false;
+                }
+                self.now = self.now.max(at);
+                self.turn(Event::DeadlineReached);
+            }
+            (_, None) => return false,
+        }
+        true
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Birth(id) => self.birth(&id),
+            Happening::Says(id, word) => self.says(&id, word),
+            Happening::Exits(id, reason) => self.exits(&id, reason),
+            Happening::TreeGoes(id) => {
+                if let Some(proc) = self.procs.get_mut(&id) {
+                    proc.tree_gone = true;
+                }
+                self.hear(Event::TreeGone { id });
+            }
+            Happening::Hears(event) => {
+                if let Event::Settled { id } = &event
+                    && let Some(proc) = self.procs.get_mut(id)
+                {
+                    proc.settles_at = None;
+                }
+                if let Event::Drained { id } = &event
+                    && let Some(proc) = self.procs.get_mut(id)
+                {
+                    proc.drain_until = None;
+                }
+                self.hear(event);
+            }
+            Happening::HearsAgain(event) => self.turn(event),
+            Happening::SaveEnds(save, state) => {
+                if self.rng.chance(self.unkind.save_fails) {
+                    self.turn(Event::SaveFailed { save, error: String::from("disk full") });
+                } else {
+                    self.disk = state;
+                    self.turn(Event::Saved { save });
+                }
+            }
+            Happening::SupervisorStarts => self.supervisor_starts(),
+        }
+    }
+
+    /// The supervisor hears something, perhaps twice.
+    fn hear(&mut self, event: Event) {
+        if self.fleet.is_some() && self.rng.chance(self.unkind.doubles) {
+            let span = millis(self.rng.below(3000));
+            self.later(span, Happening::HearsAgain(event.clone()));
+        }
+        self.turn(event);
+    }
+
+    // Processes.
+
+    fn birth(&mut self, id: &InstanceId) {
+        let Some(proc) = self.procs.get_mut(id) else { return };
+        if proc.pid.is_some() {
+            return;
+        }
+        let behaviour = proc.behaviour.clone();
+        if let Some(retry) = behaviour.no_spawn {
+            proc.exited = Some(ExitReason::NotStarted(String::new()));
+            (proc.exit_told, proc.tree_gone) = (true, true);
+            if self.fleet.is_none() {
+                // Nobody is there to be told, and there is nothing to be found.
+                self.procs.remove(id);
+                return;
+            }
+            return self.turn(Event::SpawnFailed { id: id.clone(), error: String::from("EAGAIN"), retry });
+        }
+        self.pids += 1;
+        let pid = self.pids;
+        proc.pid = Some(pid);
+        let spec = Arc::clone(&proc.spec);
+        let listens = behaviour.listens_after.or(behaviour.ready_after);
+        if let Some(after) = behaviour.ready_after
+            && spec.ready.wait_ready
+        {
+            self.later(after, Happening::Says(id.clone(), Word::Ready));
+        }
+        if let Some(after) = listens
+            && spec.is_node_cluster()
+        {
+            for key in 0..behaviour.keys {
+                self.later(after, Happening::Says(id.clone(), Word::Listens(format!("{}", 3000 + key))));
+            }
+        }
+        if let Some((after, code)) = behaviour.exits_after {
+            self.later(after, Happening::Exits(id.clone(), ExitReason::Code(code)));
+        }
+        self.turn(Event::Spawned { id: id.clone(), pid });
+    }
+
+    fn says(&mut self, id: &InstanceId, word: Word) {
+        let Some(proc) = self.procs.get_mut(id).filter(|proc| proc.alive()) else { return };
+        let event = match word {
+            Word::Ready => {
+                proc.said_ready = true;
+                Event::Ready { id: id.clone() }
+            }
+            Word::Listens(key) => {
+                proc.keys.insert(key.clone());
+                Event::Listening { id: id.clone(), key }
+            }
+        };
+        proc.told.push(event.clone());
+        self.hear(event);
+    }
+
+    fn exits(&mut self, id: &InstanceId, reason: ExitReason) {
+        let Some(proc) = self.procs.get_mut(id).filter(|proc| proc.alive()) else { return };
+        proc.exited = Some(reason.clone());
+        proc.put_in = false;
+        if self.fleet.is_some() {
+            proc.exit_told = true;
+            self.hear(Event::Exited { id: id.clone(), reason });
+        }
+    }
+
+    // The supervisor.
+
+    pub(crate) fn supervisor_dies(&mut self) {
+        if self.fleet.take().is_none() {
+            return;
+        }
+        self.note("--- the supervisor dies");
+        // What was on its way to the keeper arrives; what only the supervisor would have heard is gone. A save in
+        // flight may be on disk or not.
+        let agenda = std::mem::take(&mut self.agenda);
+        for (key, happening) in agenda {
+            match happening {
+                Happening::Birth(id) => self.birth(&id),
+                Happening::SaveEnds(_, state) => {
+                    if self.rng.chance(50) {
+                        self.disk = state;
+                    }
+                }
+                Happening::Hears(_) | Happening::HearsAgain(_) | Happening::TreeGoes(_) => {}
+                Happening::Says(..) | Happening::Exits(..) | Happening::SupervisorStarts => {
+                    self.agenda.insert(key, happening);
+                }
+            }
+        }
+        for proc in self.procs.values_mut() {
+            (proc.put_in, proc.exit_told, proc.settles_at) = (false, false, None);
+            proc.drain_until = None;
+        }
+        self.procs.retain(|_, proc| proc.pid.is_some());
+        self.open.clear();
+        let span = millis(self.rng.below(2000));
+        self.later(span, Happening::SupervisorStarts);
+    }
+
+    /// The machine loses power: only the disk survives.
+    pub(crate) fn reboot(&mut self) {
+        self.note("--- reboot");
+        self.fleet = None;
+        self.procs.clear();
+        self.agenda.clear();
+        self.memo = None;
+        self.open.clear();
+        self.spawned.clear();
+        self.later(secs(1), Happening::SupervisorStarts);
+    }
+
+    /// After the daemon has ended, another one is started.
+    pub(crate) fn new_daemon(&mut self) {
+        self.quit = false;
+        self.reboot();
+    }
+
+    fn supervisor_starts(&mut self) {
+        if self.fleet.is_some() {
+            return;
+        }
+        self.note("--- a supervisor starts");
+        let forgets = self.rng.chance(self.unkind.forgets);
+        let memo = if forgets { None } else { self.memo.clone() };
+        for proc in self.procs.values_mut() {
+            proc.exit_told = proc.exited.is_some();
+            proc.believed |= memo.is_none();
+            // The ladder is climbed again where it did not come to the signal.
+            proc.ladder = proc.signalled_at.is_some() || (proc.ladder && memo.is_some());
+        }
+        let known = |id: &InstanceId| self.disk.apps.iter().any(|app| app.spec.name == id.app);
+        let gone: Vec<_> =
+            self.spawned.iter().filter(|id| !known(id) && !self.procs.contains_key(id)).cloned().collect();
+        for id in gone {
+            self.spawned.remove(&id);
+        }
+        let slots = |id: &InstanceId| {
+            self.disk.apps.iter().find(|app| app.spec.name == id.app).map_or(0, |app| app.slots.len())
+        };
+        let procs = &self.procs;
+        let kept: BTreeSet<_> = self
+            .spawned
+            .iter()
+            .filter(|id| (id.slot.0 as usize) < slots(id) || procs.contains_key(id))
+            .cloned()
+            .collect();
+        self.spawned = kept;
+        let mut found: Vec<Found> = self
+            .procs
+            .iter()
+            .filter_map(|(id, proc)| {
+                proc.pid.map(|pid| Found {
+                    id: id.clone(),
+                    revision: proc.revision,
+                    pid,
+                    exited: proc.exited.clone(),
+                })
+            })
+            .collect();
+        // What nobody has read from the channels.
+        let unread: Vec<Event> = self.procs.values().flat_map(|proc| proc.told.clone()).collect();
+        let mut saved = self.disk.clone();
+        self.sabotage.restore(&mut saved, &mut found);
+        let (fleet, mut actions) = Fleet::restore(self.settings, self.now, saved, memo, found);
+        self.fleet = Some(fleet);
+        self.remember();
+        self.sabotage.actions(&mut actions);
+        self.perform(actions);
+        for event in unread {
+            self.turn(event);
+        }
+    }
+
+    fn turn(&mut self, event: Event) {
+        if self.quit || self.broken.is_some() {
+            return;
+        }
+        if self.fleet.is_none() {
+            return;
+        }
+        let events = self.sabotage.event(event);
+        for event in events {
+            self.turn_of(event);
+        }
+    }
+
+    fn turn_of(&mut self, event: Event) {
+        let Some(fleet) = &mut self.fleet else { return };
+        if self.verbose {
+            self.log.push(format!("{:>9.3} {event:?}", self.now.nanos() as f64 / 1e9 - 1.0));
+        }
+        let mut actions = fleet.handle(self.now, event);
+        self.remember();
+        self.sabotage.actions(&mut actions);
+        let dies_after = if self.rng.chance(self.unkind.dies) {
+            Some(self.rng.below(actions.len() as u64 + 1))
+        } else {
+            None
+        };
+        match dies_after {
+            Some(count) => {
+                for lost in actions.split_off(usize::try_from(count).unwrap()) {
+                    self.lose(&lost);
+                }
+                for action in actions {
+                    self.perform_one(action);
+                }
+                self.supervisor_dies();
+            }
+            None => self.perform(actions),
+        }
+    }
+
+    /// An order that was remembered, and never given.
+    fn lose(&mut self, action: &Action) {
+        let (id, signal) = match action {
+            Action::Signal { id, .. } | Action::SendShutdown { id } | Action::KillTree { id } => (id, true),
+            Action::TakeOut { id } | Action::Drain { id, .. } => (id, false),
+            _ => return,
+        };
+        if let Some(proc) = self.procs.get_mut(id) {
+            proc.ladder = true;
+            proc.signal_lost |= signal;
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            self.perform_one(action);
+        }
+        self.check_rows();
+    }
+
+    /// The memo is written before a turn's actions are performed: what was begun is known to the next supervisor, also
+    /// when it was not done.
+    fn remember(&mut self) {
+        let Some(fleet) = &self.fleet else { return };
+        // Only where it may be needed: building it costs more than the turn.
+        if self.unkind.dies > 0 || self.verbose {
+            self.memo = Some(fleet.memo());
+            for proc in self.procs.values_mut() {
+                proc.told.clear();
+            }
+        }
+    }
+
+    fn perform_one(&mut self, action: Action) {
+        if self.verbose && !matches!(action, Action::Progress { .. } | Action::Save { .. }) {
+            self.log.push(
+                format!("              {action:?}").replace("InstanceId ", "").chars().take(400).collect(),
+            );
+        }
+        match action {
+            Action::Save { save, state } => {
+                let span = millis(self.rng.below(self.unkind.save_delay + 1));
+                if self.sabotage.bug == Bug::SaveLater {
+                    // Says that it is durable before it is.
+                    self.later(millis(0), Happening::Hears(Event::Saved { save }));
+                    return;
+                }
+                self.later(span, Happening::SaveEnds(save, state));
+            }
+            Action::Spawn { id, spec, revision, .. } => self.spawn(id, spec, revision),
+            Action::Reply { op, outcome } => self.replied(op, outcome),
+            Action::Progress { op, step } => self.steps.push((op, step)),
+            Action::Quit => {
+                if self.procs.values().any(Proc::alive) {
+                    broken!(self, "the daemon ends although processes live");
+                }
+                self.quit = true;
+            }
+            Action::CloseListeners { app, keep } => {
+                if keep.is_none() && self.procs.iter().any(|(id, proc)| id.app == app && proc.alive()) {
+                    broken!(self, "the listeners of {app} are closed although it runs");
+                }
+            }
+            Action::Forget { id } => match self.procs.remove(&id) {
+                Some(proc) if proc.exited.is_none() || !proc.tree_gone => {
+                    broken!(self, "{id} is forgotten although not all of it is gone");
+                }
+                Some(_) => {}
+                None => broken!(self, "{id} is forgotten twice"),
+            },
+            Action::PutIn { id } => self.order(id, |proc, _, _| {
+                proc.put_in = true;
+                // A supervisor that did not remember the stop takes it back.
+                proc.ladder = proc.signalled_at.is_some();
+                None
+            }),
+            Action::TakeOut { id } => {
+                self.check_takedown(&id);
+                self.order(id, |proc, now, id| {
+                    (proc.put_in, proc.ladder) = (false, true);
+                    let span = proc.behaviour.settles_after;
+                    proc.settles_at = Some(now + span);
+                    Some((span, Event::Settled { id }))
+                });
+            }
+            Action::Drain { id, within, .. } => {
+                self.check_takedown(&id);
+                self.order(id, |proc, now, id| {
+                    proc.ladder = true;
+                    // What a failed reload removes has less time than its spec says.
+                    let limit = proc
+                        .spec
+                        .stop
+                        .drain_timeout
+                        .unwrap_or(secs(6))
+                        .min(proc.spec.stop.timeout)
+                        .min(within);
+                    let span = proc.behaviour.drains_after;
+                    proc.drain_until = Some(now + span.unwrap_or(limit).min(limit));
+                    span.map(|span| (span, Event::Drained { id }))
+                });
+            }
+            Action::AskKillListeners { id, .. } => self.order(id, |proc, _, id| {
+                proc.behaviour.kill_listeners.map(|count| (millis(1), Event::KillListeners { id, count }))
+            }),
+            Action::Disconnect { id } => self.order(id, |proc, _, id| {
+                proc.behaviour.disconnects_after.map(|span| (span, Event::ChannelClosed { id }))
+            }),
+            Action::Signal { id, .. } | Action::SendShutdown { id } => self.signal(id),
+            Action::KillTree { id } => self.kill_tree(id),
+            Action::EndLeftovers { id, .. } => {
+                let Some(proc) = self.procs.get(&id) else {
+                    return broken!(self, "leftovers of {id}, which is unknown, are ended");
+                };
+                if proc.exited.is_none() {
+                    return broken!(self, "leftovers of {id} are ended although it lives");
+                }
+                let span = proc.behaviour.leftovers_for.min(secs(1));
+                self.later(span, Happening::TreeGoes(id));
+            }
+        }
+    }
+
+    /// An order for a process: it must be there, and its end must not be known.
+    fn order(
+        &mut self,
+        id: InstanceId,
+        order: impl FnOnce(&mut Proc, Moment, InstanceId) -> Option<(Duration, Event)>,
+    ) {
+        let now = self.now;
+        match self.procs.get_mut(&id) {
+            None => broken!(self, "an order for {id}, which is gone"),
+            Some(proc) if proc.exit_told => broken!(self, "an order for {id}, whose exit is known"),
+            Some(proc) => {
+                if let Some((span, event)) = order(proc, now, id) {
+                    self.later(span, Happening::Hears(event));
+                }
+            }
+        }
+    }
+
+    fn signal(&mut self, id: InstanceId) {
+        self.check_takedown(&id);
+        let now = self.now;
+        let Some(proc) = self.procs.get_mut(&id) else {
+            return broken!(self, "{id} is signalled although it is gone");
+        };
+        if proc.exit_told {
+            return broken!(self, "{id} is signalled although its exit is known");
+        }
+        if proc.put_in {
+            return broken!(self, "{id} is signalled in rotation");
+        }
+        if proc.settles_at.is_some_and(|at| at > now) {
+            return broken!(self, "{id} is signalled with hand-overs unanswered");
+        }
+        // Of a release that is long gone the next supervisor does not know the rules any more.
+        let (slot, revision) = (id.slot.0 as usize, proc.revision);
+        let known = self.disk.apps.iter().any(|app| {
+            let mut releases = app.previous.iter().chain(&app.older).map(|(_, revision)| *revision);
+            app.spec.name == id.app
+                && slot < app.slots.len()
+                && (app.revision == revision || releases.any(|known| known == revision))
+        });
+        if known && proc.drain_until.is_some_and(|at| at > now) {
+            return broken!(self, "{id} is signalled while it drains");
+        }
+        proc.ladder = true;
+        proc.signalled_at = Some(now);
+        if let Some(span) = proc.behaviour.obeys_after {
+            let reason = ExitReason::Signal(Signal::INT);
+            self.later(span, Happening::Exits(id, reason));
+        }
+    }
+
+    fn kill_tree(&mut self, id: InstanceId) {
+        let now = self.now;
+        let Some(proc) = self.procs.get_mut(&id) else {
+            return broken!(self, "{id} is killed although it is gone");
+        };
+        let early = proc.signalled_at.is_none_or(|at| now < at + millis(400)) && !proc.signal_lost;
+        if early {
+            return broken!(self, "{id} is killed without a signal and its time before");
+        }
+        if proc.exited.is_none() {
+            self.later(millis(2), Happening::Exits(id.clone(), ExitReason::Signal(Signal::KILL)));
+        }
+        self.later(millis(4), Happening::TreeGoes(id));
+    }
+
+    fn spawn(&mut self, id: InstanceId, spec: Arc<AppSpec>, revision: u64) {
+        self.spawns += 1;
+        let saved = self.disk.apps.iter().find(|app| app.spec.name == id.app);
+        let wanted = saved.and_then(|app| app.slots.get(id.slot.0 as usize));
+        match wanted {
+            None => return broken!(self, "{id} is started, which is not on disk"),
+            Some(slot) if slot.desired == Desired::Stopped => {
+                return broken!(self, "{id} is started, which is stopped");
+            }
+            Some(slot) if slot.reserved < id.generation => {
+                return broken!(self, "{id} is started before its generation is reserved");
+            }
+            Some(_) => {}
+        }
+        if let Some(fleet) = &self.fleet {
+            let believed = fleet.saved();
+            let slot = believed
+                .apps
+                .iter()
+                .find(|app| app.spec.name == id.app)
+                .and_then(|app| app.slots.get(id.slot.0 as usize));
+            if slot.is_none_or(|slot| slot.desired == Desired::Stopped) {
+                return broken!(self, "{id} is started although its stop was carried out");
+            }
+        }
+        if self.open.values().any(|(_, command)| ends(command, &id)) {
+            return broken!(self, "{id} is started while its stop waits");
+        }
+        if self.down.contains(&(id.app.clone(), id.slot)) {
+            return broken!(self, "{id} is started, which somebody was told is down");
+        }
+        if !self.spawned.insert(id.clone()) {
+            return broken!(self, "{id} runs twice");
+        }
+        let overlap = spec.can_overlap();
+        let running = self.procs.iter().any(|(other, proc)| {
+            let same = other.app == id.app && other.slot == id.slot;
+            same && !proc.tree_gone && (!overlap || (proc.exited.is_some() && !proc.ladder))
+        });
+        if running {
+            return broken!(self, "{id} is started before its predecessor is gone");
+        }
+        let (version, behaviour) = self.files.get(&id.app).cloned().unwrap_or((1, Behaviour::default()));
+        let behaviour = if self.unkind.moody { Behaviour::random(&mut self.rng) } else { behaviour };
+        self.procs.insert(
+            id.clone(),
+            Proc {
+                spec,
+                born: self.now,
+                revision,
+                version,
+                behaviour,
+                pid: None,
+                exited: None,
+                exit_told: false,
+                tree_gone: false,
+                said_ready: false,
+                keys: BTreeSet::new(),
+                told: Vec::new(),
+                put_in: false,
+                settles_at: None,
+                drain_until: None,
+                signalled_at: None,
+                signal_lost: false,
+                believed: false,
+                ladder: false,
+            },
+        );
+        self.check_surge(&id.app);
+        let span = millis(self.rng.below(3));
+        self.later(span, Happening::Birth(id));
+    }
+
+    // What must be true.
+
+    fn replied(&mut self, op: OpId, outcome: Outcome) {
+        let Some((asked, command)) = self.open.remove(&op) else {
+            return broken!(self, "{op:?} is answered twice, or was never asked");
+        };
+        // Of a request over many apps a part may have been done long ago, and undone since.
+        if let Outcome::Done { apps } = &outcome
+            && apps.len() == 1
+        {
+            for (app, what) in apps {
+                let AppOutcome::Done { what, .. } = what else { continue };
+                let of_app = |id: &InstanceId| {
+                    id.app == *app && selection(&command, app).is_none_or(|slots| slots.contains(&id.slot))
+                };
+                match *what {
+                    "stopped" | "deleted" => {
+                        let alone = !self.open.values().any(|(_, command)| concerns(command, app));
+                        if alone && is_end(&command) {
+                            let slots = (0..8).map(Slot);
+                            let slots = slots.filter(|slot| {
+                                selection(&command, app).is_none_or(|slots| slots.contains(slot))
+                            });
+                            self.down.extend(slots.map(|slot| (app.clone(), slot)));
+                        }
+                        if let Some((id, _)) = self.procs.iter().find(|(id, _)| of_app(id)) {
+                            let id = id.clone();
+                            return broken!(self, "{app} is said to be {what}, but {id} is there");
+                        }
+                    }
+                    "reloaded" | "restarted" if matches!(command, Command::Act { .. }) => {
+                        let old = self.procs.iter().find(|(id, proc)| {
+                            of_app(id) && proc.born < asked && proc.alive() && !proc.ladder
+                        });
+                        if let Some((id, _)) = old {
+                            let id = id.clone();
+                            return broken!(self, "{app} is said to be {what}, but {id} is from before");
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        if self.verbose || self.outcomes.len() < 64 {
+            self.outcomes.push((op, outcome));
+        }
+    }
+
+    /// Runs that launch, serve or have not got their signal yet stay within instances + surge.
+    fn check_surge(&mut self, app: &AppName) {
+        let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(app)) else { return };
+        // What the release before was allowed may still be draining.
+        let of_app = self.procs.iter().filter(|(id, _)| id.app == *app).map(|(_, proc)| &proc.spec.reload);
+        let surge = |rules: &ReloadRules| {
+            if rules.max_unavailable == 0 { rules.max_surge.max(1) } else { rules.max_surge }
+        };
+        let surge = of_app.map(surge).max().unwrap_or(0);
+        let limit = view.slots.len() + surge as usize;
+        let count = self
+            .procs
+            .iter()
+            .filter(|(id, proc)| {
+                id.app == *app && proc.exited.is_none() && proc.signalled_at.is_none() && !proc.signal_lost
+            })
+            .count();
+        if count > limit {
+            broken!(self, "{app} has {count} runs, {limit} are allowed");
+        }
+    }
+
+    /// In a reload nothing that serves is taken away unless enough others do, or its successor does.
+    fn check_takedown(&mut self, id: &InstanceId) {
+        // A supervisor without its memory cannot know which of them have been serving.
+        let believes = self.procs.iter().any(|(other, proc)| other.app == id.app && proc.believed);
+        if believes || !self.procs.get(id).is_some_and(Proc::serves) {
+            return;
+        }
+        let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return };
+        if view.operation != Some("reload") || !view.spec.can_overlap() {
+            return;
+        }
+        // Of a slot that the release gives up nothing is promised.
+        if id.slot.0 >= view.spec.instances {
+            return;
+        }
+        let others: Vec<&InstanceId> = self
+            .procs
+            .iter()
+            .filter(|(other, proc)| {
+                other.app == id.app && *other != id && proc.serves() && self.is_online(other)
+            })
+            .map(|(other, _)| other)
+            .collect();
+        let saved = self.fleet.as_ref().map(Fleet::saved).unwrap_or_default();
+        let meant = saved.apps.iter().filter(|app| app.spec.name == id.app).flat_map(|app| &app.slots);
+        let meant = meant.take(view.spec.instances as usize);
+        let given_up = |status| matches!(status, Status::Errored | Status::Stopped);
+        let rows = view.slots.iter().map(|row| given_up(row.status));
+        let meant = meant.zip(rows).filter(|(slot, gone)| slot.desired == Desired::Running && !gone).count();
+        let least = meant.saturating_sub(view.spec.reload.max_unavailable as usize);
+        if others.len() < least
+            && !others.iter().any(|other| other.slot == id.slot)
+            && self.is_online_before(id)
+        {
+            let count = others.len();
+            broken!(self, "{id} is taken down and only {count} serve, {least} are promised");
+        }
+    }
+
+    fn is_online(&self, id: &InstanceId) -> bool {
+        let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return false };
+        view.slots
+            .iter()
+            .flat_map(|slot| slot.current.iter().chain(&slot.draining))
+            .any(|run| run.id == *id && run.status == Status::Online)
+    }
+
+    /// It had been put into rotation: what is still launching is no loss.
+    fn is_online_before(&self, id: &InstanceId) -> bool {
+        let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return false };
+        view.slots
+            .iter()
+            .flat_map(|slot| slot.current.iter().chain(&slot.draining))
+            .any(|run| run.id == *id && run.ready_at.is_some())
+    }
+
+    /// Processes are rows, and rows are processes.
+    fn check_rows(&mut self) {
+        if self.broken.is_some() || self.quit {
+            return;
+        }
+        let Some(fleet) = &self.fleet else { return };
+        let mut rows: BTreeMap<InstanceId, Status> = BTreeMap::new();
+        let mut lies = None;
+        for view in fleet.view() {
+            for slot in &view.slots {
+                for run in slot.current.iter().chain(&slot.draining) {
+                    rows.insert(run.id.clone(), run.status);
+                    let Some(proc) = self.procs.get(&run.id) else {
+                        if !run.queued {
+                            lies = Some(format!("{} has a row and no process", run.id));
+                        }
+                        continue;
+                    };
+                    if run.status == Status::Online {
+                        if proc.exited.is_none() && !proc.may_serve() {
+                            lies = Some(format!("{} is online, but never said so", run.id));
+                        }
+                        if proc.spec.is_node_cluster()
+                            && !proc.put_in
+                            && !proc.exit_told
+                            && proc.exited.is_none()
+                        {
+                            lies = Some(format!("{} is online, but gets no connections", run.id));
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(hidden) = self.procs.keys().find(|id| !rows.contains_key(*id)) {
+            lies = Some(format!("{hidden} has a process and no row"));
+        }
+        if let Some(lie) = lies {
+            self.break_promise(lie);
+        }
+    }
+
+    /// After a long calm: everything is as wanted, everybody has been answered.
+    pub(crate) fn check_converged(&mut self) {
+        if self.broken.is_some() || self.quit {
+            return;
+        }
+        if let Some((op, (_, command))) = self.open.iter().next() {
+            let pictures: Vec<_> = ["api", "web", "job"].iter().map(|app| self.picture(app)).collect();
+            let verb = format!("{command:?}").chars().take(160).collect::<String>();
+            return broken!(self, "{op:?} was never answered: {verb}\n{pictures:#?}");
+        }
+        let Some(fleet) = &self.fleet else { return broken!(self, "no supervisor came back") };
+        let saved = fleet.saved();
+        let views = fleet.view();
+        if saved != self.disk {
+            return broken!(self, "memory and disk differ:\n{saved:?}\n{:?}", self.disk);
+        }
+        if views.len() != saved.apps.len() {
+            return broken!(self, "{} apps are shown, {} are wanted", views.len(), saved.apps.len());
+        }
+        for (view, app) in views.iter().zip(&saved.apps) {
+            let name = &app.spec.name;
+            if view.operation.is_some() || app.operation.is_some() {
+                return broken!(self, "{name}: an operation never ended: {view:?}");
+            }
+            if view.slots.len() != app.slots.len() || app.slots.len() != app.spec.instances as usize {
+                return broken!(self, "{name} has {} slots instead of {}", view.slots.len(), app.slots.len());
+            }
+            for (row, wanted) in view.slots.iter().zip(&app.slots) {
+                let fine = match (wanted.desired, row.status) {
+                    (Desired::Running, Status::Online) => row.current.is_some() && row.draining.is_empty(),
+                    (Desired::Running, Status::Errored) | (Desired::Stopped, Status::Stopped) => {
+                        row.current.is_none() && row.draining.is_empty()
+                    }
+                    _ => false,
+                };
+                if !fine {
+                    return broken!(self, "{name}: not as wanted ({:?}): {row:?}", wanted.desired);
+                }
+            }
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        if self.verbose {
+            self.log.push(format!("{:>9.3} {text}", self.now.nanos() as f64 / 1e9 - 1.0));
+        }
+    }
+
+    pub(crate) fn break_promise(&mut self, why: String) {
+        if self.broken.is_none() {
+            self.broken = Some(Broken(why));
+        }
+    }
+}
+
+fn selection<'a>(command: &'a Command, app: &AppName) -> Option<&'a Vec<Slot>> {
+    match command {
+        Command::Act { selection, .. } => {
+            selection.iter().find(|one| one.app == *app).and_then(|one| one.slots.as_ref())
+        }
+        _ => None,
+    }
+}
+
+/// Whether a command may do something to an app.
+fn concerns(command: &Command, app: &AppName) -> bool {
+    match command {
+        Command::Start { specs } => specs.iter().any(|spec| spec.name == *app),
+        Command::Act { selection, .. } | Command::Reset { selection } => {
+            selection.iter().any(|one| one.app == *app)
+        }
+        Command::Scale { app: other, .. } => other == app,
+        Command::Resurrect { saved } => saved.apps.iter().any(|saved| saved.spec.name == *app),
+        Command::Kill | Command::Terminate => true,
+    }
+}
+
+/// Whether a command ends what it is about, and nothing else.
+fn is_end(command: &Command) -> bool {
+    matches!(command, Command::Act { verb: Verb::Stop | Verb::Delete, .. } | Command::Reset { .. })
+}
+
+/// Whether an unanswered command wants this run's slot to be down. Of a command over many apps a part may have been
+/// done long ago.
+fn ends(command: &Command, id: &InstanceId) -> bool {
+    match command {
+        Command::Act { selection, .. } if selection.len() > 1 => false,
+        Command::Act { verb: Verb::Stop, selection, .. } => selection
+            .iter()
+            .any(|one| one.app == id.app && one.slots.as_ref().is_none_or(|slots| slots.contains(&id.slot))),
+        Command::Act { verb: Verb::Delete, selection, .. } => {
+            selection.iter().any(|one| one.app == id.app && one.slots.is_none())
+        }
+        _ => false,
+    }
+}
