@@ -1,0 +1,22 @@
+//! The parent of every process: spawns, reaps, holds descriptors. Knows nothing of apps.
+//!
+//! ```text
+//! run      the keeper itself: one thread, a poll loop, never waits for anybody
+//! restarts when the next supervisor is started
+//! link     the supervisor's end of the link
+//! wire     the frames between them        packet   frames with descriptors over a packet socket
+//! children the children and what is held for them: the content of an inventory
+//! ```
+//!
+//! The keeper is the parent so that the supervisor may die at any instant: children keep their parent, exited ones
+//! stay zombies until a supervisor has confirmed their exit, and descriptors are held under names. Everything a new
+//! supervisor has to know is in the inventory.
+
+mod children;
+pub mod link;
+mod packet;
+mod restarts;
+pub mod run;
+pub mod wire;
+
+pub use run::{Config, Error, run};

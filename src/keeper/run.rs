@@ -1,0 +1,642 @@
+//! The keeper's loop: signals, the link, starts that are under way; and the life of the supervisor.
+//!
+//! ```text
+//!            start              Welcome, inventory, InventoryEnd
+//! Waiting ─────────→ Greeting ──────────────────────────────────→ Ready
+//!    ↑                  │ ended, link broken, too slow              │ ended, link broken
+//!    └──────────────────┴───────────────────────────────────────────┘ (Quit was asked for: the keeper exits)
+//! ```
+//!
+//! It never waits for the supervisor: frames that find no room are queued, the queue is bounded because the link is
+//! not read while it is long, and exits need no queue because the zombies stay.
+
+use std::ffi::{CStr, CString};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
+
+use super::children::{Children, Originals};
+use super::packet::{Incoming, Packets};
+use super::restarts::Restarts;
+use super::wire::{Death, FromKeeper, Hello, ToKeeper, VERSION};
+use crate::sys::child::{self, WaitStatus, Zombie};
+use crate::sys::clock::{self, Moment};
+use crate::sys::pidfd;
+use crate::sys::poll::{self, Interest, Signals};
+use crate::sys::spawn::{self, Outcome, Program, Report, Target};
+use crate::sys::{exec, fdpass, limits, pipe};
+
+/// How to run a keeper.
+#[derive(Debug)]
+pub struct Config {
+    /// The arguments of the supervisor, beginning with the program's name.
+    pub args: Vec<CString>,
+    /// The environment of the supervisor, `KEY=value` each.
+    pub env: Vec<CString>,
+    /// The supervisor's executable; `None` is this program's own.
+    pub executable: Option<OwnedFd>,
+    /// What is held from the start, by name: the lock, the command line's socket.
+    pub held: Vec<(String, OwnedFd)>,
+    /// An out-of-memory score adjustment for keeper and supervisor; children get the original one. Not being allowed
+    /// to lower it is no error.
+    pub oom_score_adj: Option<i32>,
+}
+
+impl Config {
+    /// A keeper that starts this program again with these arguments and the present environment.
+    #[must_use]
+    pub fn new(args: Vec<CString>) -> Self {
+        let env = std::env::vars_os().filter_map(|(key, value)| {
+            let mut entry = key.into_vec();
+            entry.push(b'=');
+            entry.extend(value.into_vec());
+            CString::new(entry).ok()
+        });
+        Self { args, env: env.collect(), executable: None, held: Vec::new(), oom_score_adj: None }
+    }
+}
+
+/// Why a keeper cannot run.
+#[derive(Debug, thiserror::Error)]
+#[error("keeper cannot {step}")]
+pub struct Error {
+    /// What it tried.
+    pub step: &'static str,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+/// The children's starts that may be open at once; beyond that the link is not read.
+const STARTING_MAX: usize = 64;
+/// The frames that may wait for room in the link; beyond that it is not read.
+const QUEUE_MAX: usize = 256;
+/// A supervisor that has not taken the inventory by then hangs.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(60);
+/// A supervisor that said Quit and is still there after this hangs.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// While zombies wait for their confirmation, looking for other ones costs a system call per child: not more often
+/// than this.
+const SCAN_PAUSE: Duration = Duration::from_millis(5);
+/// When the kernel refuses to carry more descriptors, polling cannot tell when it will again.
+const CONGESTION_PAUSE: Duration = Duration::from_millis(10);
+
+/// Runs the keeper until a supervisor has said Quit and has ended. To be called before this process has other threads.
+///
+/// # Errors
+/// [`Error`] when it cannot begin, or when waiting for events itself fails.
+pub fn run(config: Config) -> Result<(), Error> {
+    let mut keeper = Keeper::new(config)?;
+    while keeper.turn()? == Turn::Again {}
+    Ok(())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Again,
+    Done,
+}
+
+struct Keeper {
+    config: Config,
+    executable: OwnedFd,
+    signals: Signals,
+    /// Signals that ask us to end and that we were not started with ignored.
+    forwarded: Vec<i32>,
+    started: Moment,
+    /// As the daemon was started.
+    open_files: limits::Limit,
+    oom_score_adj: i32,
+    originals: Originals,
+    children: Children,
+    supervisor: Supervisor,
+    restarts: Restarts,
+    last_death: Option<Death>,
+    /// The daemon was told to end; stays until it does, whatever happens to supervisors.
+    terminate: Option<i32>,
+    /// Signals not yet sent on the link.
+    to_forward: Vec<i32>,
+    /// A supervisor said that everything is stopped.
+    quit: Option<Moment>,
+    /// When to look at every child again.
+    scan_due: Option<Moment>,
+    last_scan: Moment,
+}
+
+enum Supervisor {
+    Waiting { until: Moment },
+    Alive(Alive),
+}
+
+struct Alive {
+    pid: u32,
+    started: Moment,
+    report: Option<Report>,
+    /// `None` when the link is broken and the process is about to be reaped.
+    link: Option<Packets>,
+    phase: Phase,
+    /// What is known about its end beyond the wait status.
+    reason: String,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Hello is sent.
+    Greeting,
+    /// This batch of the inventory is sent.
+    Inventory { batch: u32, sent: Sent },
+    /// It knows everything.
+    Ready,
+}
+
+#[derive(Debug)]
+enum Sent {
+    ChildrenUpTo(u32),
+    HeldUpTo(Option<String>),
+}
+
+impl Keeper {
+    fn new(config: Config) -> Result<Self, Error> {
+        fn step<T>(step: &'static str, outcome: io::Result<T>) -> Result<T, Error> {
+            outcome.map_err(|source| Error { step, source })
+        }
+        let executable = match &config.executable {
+            Some(fd) => step("copy a descriptor", fd.try_clone())?,
+            None => step("open its own executable", exec::own_executable())?,
+        };
+        // Whoever started us may have left descriptors open.
+        step("set descriptors to close on exec", fdpass::close_on_exec_from(3))?;
+        let forwarded: Vec<i32> = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP]
+            .into_iter()
+            .filter(|&signal| !poll::is_ignored(signal))
+            .collect();
+        let mut watched = forwarded.clone();
+        watched.push(libc::SIGCHLD);
+        let signals = step("take signals", Signals::block(&watched))?;
+        step("take SIGCHLD", poll::default_sigchld())?;
+        step("become a subreaper", child::become_subreaper())?;
+        let open_files = step("raise its limit on open files", limits::raise_open_files())?;
+        let oom_score_adj = limits::oom_score_adj().unwrap_or(0);
+        let changed = config.oom_score_adj.is_some_and(|value| limits::set_oom_score_adj(value).is_ok());
+        let started = clock::now();
+        let mut keeper = Self {
+            executable,
+            signals,
+            forwarded,
+            started,
+            open_files,
+            oom_score_adj,
+            originals: Originals { open_files, oom_score_adj: changed.then_some(oom_score_adj) },
+            children: Children::default(),
+            supervisor: Supervisor::Waiting { until: started },
+            restarts: Restarts::default(),
+            last_death: None,
+            terminate: None,
+            to_forward: Vec::new(),
+            quit: None,
+            scan_due: None,
+            last_scan: Moment::default(),
+            config,
+        };
+        for (name, fd) in std::mem::take(&mut keeper.config.held) {
+            keeper.children.hold(vec![name], vec![fd], None);
+        }
+        Ok(keeper)
+    }
+
+    fn turn(&mut self) -> Result<Turn, Error> {
+        let now = clock::now();
+        self.act_on_deadlines(now);
+        if self.quit.is_some() && matches!(self.supervisor, Supervisor::Waiting { .. }) {
+            return Ok(Turn::Done);
+        }
+        // Directly before the wait, so that no news lies here during it.
+        self.tell();
+        let ready = self.wait(now).map_err(|source| Error { step: "wait for events", source })?;
+        // Outcomes of starts before exits: an answer precedes the end of its process.
+        for pid in ready.settled {
+            self.children.settle(pid);
+        }
+        if ready.signals {
+            self.take_signals();
+        }
+        if ready.link {
+            self.read_link(Patience::Bounded);
+        }
+        Ok(Turn::Again)
+    }
+
+    fn wait(&self, now: Moment) -> io::Result<Ready> {
+        let mut wanted: Vec<(BorrowedFd<'_>, Interest)> = vec![(self.signals.as_fd(), Interest::Read)];
+        let link = match &self.supervisor {
+            Supervisor::Alive(alive) => alive.link.as_ref(),
+            Supervisor::Waiting { .. } => None,
+        };
+        if let Some(link) = link {
+            let interest = match (self.takes_orders(link), link.wants_room()) {
+                (true, true) => Interest::ReadWrite,
+                (true, false) => Interest::Read,
+                (false, true) => Interest::Write,
+                (false, false) => Interest::Hangup,
+            };
+            wanted.push((link.as_fd(), interest));
+        }
+        let first_report = wanted.len();
+        let pids: Vec<u32> = self
+            .children
+            .starting()
+            .map(|(pid, fd)| {
+                wanted.push((fd, Interest::Read));
+                pid
+            })
+            .collect();
+        let timeout = self.next_deadline(now).map(|deadline| deadline.since(now));
+        let ready = poll::wait(&wanted, timeout)?;
+        let settled = pids.into_iter().zip(&ready[first_report..]).filter(|&(_, &ready)| ready);
+        Ok(Ready {
+            signals: ready[0],
+            link: link.is_some() && ready[1],
+            settled: settled.map(|(pid, _)| pid).collect(),
+        })
+    }
+
+    /// Whether there is room for what orders bring about.
+    fn takes_orders(&self, link: &Packets) -> bool {
+        link.waiting() < QUEUE_MAX && self.children.starting_len() < STARTING_MAX
+    }
+
+    fn next_deadline(&self, now: Moment) -> Option<Moment> {
+        let supervisor = match &self.supervisor {
+            Supervisor::Waiting { until } => Some(*until),
+            Supervisor::Alive(alive) if !matches!(alive.phase, Phase::Ready) && alive.link.is_some() => {
+                Some(alive.started + GREETING_TIMEOUT)
+            }
+            Supervisor::Alive(_) => None,
+        };
+        let congested = match &self.supervisor {
+            Supervisor::Alive(Alive { link: Some(link), .. }) if link.waiting() > 0 && !link.wants_room() => {
+                Some(now + CONGESTION_PAUSE)
+            }
+            _ => None,
+        };
+        [supervisor, congested, self.scan_due, self.quit].into_iter().flatten().min()
+    }
+
+    fn act_on_deadlines(&mut self, now: Moment) {
+        match &self.supervisor {
+            Supervisor::Waiting { until } if *until <= now && self.quit.is_none() => {
+                self.start_supervisor(now);
+            }
+            Supervisor::Alive(alive)
+                if alive.link.is_some()
+                    && !matches!(alive.phase, Phase::Ready)
+                    && alive.started + GREETING_TIMEOUT <= now =>
+            {
+                self.break_link("did not take the inventory in time");
+            }
+            _ => {}
+        }
+        if self.quit.is_some_and(|at| at <= now) {
+            self.quit = Some(now + QUIT_TIMEOUT);
+            self.break_link("did not end after Quit");
+        }
+        if self.scan_due.is_some_and(|at| at <= now) {
+            self.scan(now);
+        }
+    }
+
+    // The supervisor's life.
+
+    fn start_supervisor(&mut self, now: Moment) {
+        match self.try_start_supervisor(now) {
+            Ok(alive) => {
+                self.supervisor = Supervisor::Alive(alive);
+                self.to_forward.clear();
+                let hello = FromKeeper::Hello(self.hello());
+                self.send(&hello);
+                // A hang-up is told to one supervisor; a request to end, to every one until there is none.
+                if self.terminate == Some(libc::SIGHUP) {
+                    self.terminate = None;
+                }
+            }
+            Err(reason) => self.bury(0, WaitStatus::from_raw(0), Duration::ZERO, reason, now),
+        }
+    }
+
+    fn try_start_supervisor(&self, now: Moment) -> Result<Alive, String> {
+        let (ours, theirs) = pipe::packet_pair().map_err(|error| format!("cannot make a link: {error}"))?;
+        let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+        let args: Vec<&CStr> = self.config.args.iter().map(AsRef::as_ref).collect();
+        let env: Vec<&CStr> = self.config.env.iter().map(AsRef::as_ref).collect();
+        // The link becomes `link::LINK_FD`.
+        let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd(), theirs.as_fd()];
+        let started = spawn::start(&Program {
+            target: Target::File(self.executable.as_fd()),
+            args: &args,
+            env: &env,
+            listen_pid: false,
+            cwd: None,
+            credentials: None,
+            umask: None,
+            oom_score_adj: None,
+            limits: &[],
+            fds: &fds,
+        })
+        .map_err(|failure| failure.to_string())?;
+        Ok(Alive {
+            pid: started.pid,
+            started: now,
+            report: Some(started.report),
+            link: Some(Packets::new(ours)),
+            phase: Phase::Greeting,
+            reason: String::new(),
+        })
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            version: VERSION,
+            keeper_pid: std::process::id(),
+            started: self.started.nanos(),
+            open_files: self.open_files,
+            oom_score_adj: self.oom_score_adj,
+            deaths: self.restarts.deaths(),
+            last_death: self.last_death.clone(),
+            without_blob: self.restarts.without_blob(),
+            terminate: self.terminate,
+        }
+    }
+
+    /// The link cannot be used any more: the supervisor is killed, and the next one gets the inventory.
+    fn break_link(&mut self, reason: &str) {
+        let Supervisor::Alive(alive) = &mut self.supervisor else { return };
+        alive.link = None;
+        if alive.reason.is_empty() {
+            reason.clone_into(&mut alive.reason);
+        }
+        // Our unreaped child: its pid cannot mean anybody else. An error means that it has ended by itself.
+        let _ = pidfd::open(alive.pid).and_then(|fd| pidfd::send_signal(fd, libc::SIGKILL));
+    }
+
+    fn supervisor_ended(&mut self, status: WaitStatus) {
+        // What it had said counts: its effects and ours stay in the order in which it meant them.
+        self.read_link(Patience::Everything);
+        let now = clock::now();
+        let waiting = Supervisor::Waiting { until: now };
+        let Supervisor::Alive(alive) = std::mem::replace(&mut self.supervisor, waiting) else { return };
+        let mut reason = alive.reason;
+        if let Some(Outcome::Failed(failure)) = alive.report.map(|report| report.outcome()) {
+            reason = failure.to_string();
+        }
+        self.bury(alive.pid, status, now.since(alive.started), reason, now);
+    }
+
+    fn bury(&mut self, pid: u32, status: WaitStatus, lived: Duration, reason: String, now: Moment) {
+        self.children.forget_what_was_told();
+        if self.quit.is_some() {
+            return;
+        }
+        let delay = self.restarts.after_death(lived);
+        let detail = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+        say(&format!("supervisor {pid} ended: {status}{detail}; next one in {} ms", delay.as_millis()));
+        let lived_ms = u64::try_from(lived.as_millis()).unwrap_or(u64::MAX);
+        self.last_death = Some(Death { pid, status, lived_ms, reason });
+        self.supervisor = Supervisor::Waiting { until: now + delay };
+    }
+
+    // What comes in.
+
+    fn take_signals(&mut self) {
+        let mut ended = Vec::new();
+        while let Ok(Some(arrived)) = self.signals.next() {
+            if arrived.signal == libc::SIGCHLD {
+                ended.push(arrived.pid);
+            } else if self.forwarded.contains(&arrived.signal) {
+                // SIGHUP does not replace a request to end.
+                if arrived.signal != libc::SIGHUP || self.terminate.is_none() {
+                    self.terminate = Some(arrived.signal);
+                }
+                self.to_forward.push(arrived.signal);
+            }
+        }
+        if ended.is_empty() {
+            return;
+        }
+        // One signal may stand for many exits, but the one it names is looked at without delay.
+        for pid in ended {
+            self.look(pid);
+        }
+        let now = clock::now();
+        if now.since(self.last_scan) >= SCAN_PAUSE {
+            self.scan(now);
+        } else {
+            self.scan_due = Some(self.last_scan + SCAN_PAUSE);
+        }
+    }
+
+    /// Looks for every child that has ended.
+    fn scan(&mut self, now: Moment) {
+        self.last_scan = now;
+        self.scan_due = None;
+        // The kernel names the first zombie in its list; as long as that is a new one, nothing has to be searched.
+        loop {
+            match child::any_exited(Zombie::Keep) {
+                Ok(None) => return,
+                Ok(Some((pid, _))) if self.children.contains(pid) && !self.children.is_alive(pid) => break,
+                Ok(Some((pid, _))) => self.look(pid),
+                Err(error) => return say(&format!("cannot wait for children: {error}")),
+            }
+        }
+        // An unconfirmed zombie is in the way.
+        for pid in self.children.alive() {
+            self.look(pid);
+        }
+        for pid in child::children().unwrap_or_default() {
+            if !self.children.contains(pid) {
+                self.look(pid);
+            }
+        }
+    }
+
+    /// Looks at one child that may have ended: instances stay zombies, orphans are reaped at once.
+    fn look(&mut self, pid: u32) {
+        if self.children.contains(pid) {
+            if let Err(error) = self.children.look(pid) {
+                say(&format!("cannot wait for {pid}: {error}"));
+            }
+            return;
+        }
+        // A hint may be outdated: the process was reaped by an earlier look.
+        let Ok(Some(status)) = child::exited(pid, Zombie::Reap) else { return };
+        if matches!(&self.supervisor, Supervisor::Alive(alive) if alive.pid == pid) {
+            self.supervisor_ended(status);
+        }
+    }
+
+    fn read_link(&mut self, patience: Patience) {
+        loop {
+            let Supervisor::Alive(alive) = &self.supervisor else { return };
+            let Some(link) = &alive.link else { return };
+            if patience == Patience::Bounded && !self.takes_orders(link) {
+                return;
+            }
+            let Supervisor::Alive(Alive { link: Some(link), .. }) = &mut self.supervisor else { return };
+            match link.receive() {
+                Ok(Incoming::Nothing) => return,
+                Ok(Incoming::End) => return self.link_ended(),
+                Ok(Incoming::Frame(frame, fds)) => match ToKeeper::decode(frame, fds.len()) {
+                    Ok(order) => self.obey(order, fds),
+                    Err(error) => return self.break_link(&format!("bad frame: {error}")),
+                },
+                Err(error) => return self.break_link(&format!("link failed: {error}")),
+            }
+        }
+    }
+
+    fn link_ended(&mut self) {
+        match &mut self.supervisor {
+            // It has said its last word and may tidy up.
+            Supervisor::Alive(alive) if self.quit.is_some() => alive.link = None,
+            // Its process has ended or is about to; the wait status tells more.
+            _ => self.break_link(""),
+        }
+    }
+
+    fn obey(&mut self, order: ToKeeper, fds: Vec<OwnedFd>) {
+        let Supervisor::Alive(alive) = &mut self.supervisor else { return };
+        match (&alive.phase, order) {
+            (Phase::Greeting, ToKeeper::Welcome { .. }) => {
+                alive.report = None;
+                alive.phase = Phase::Inventory { batch: 0, sent: Sent::ChildrenUpTo(0) };
+                self.send_next_batch();
+            }
+            (Phase::Inventory { batch: sent, .. }, ToKeeper::Taken { batch }) if batch == *sent => {
+                self.send_next_batch();
+            }
+            (_, ToKeeper::Unknown { kind }) => self.send(&FromKeeper::NotUnderstood { kind }),
+            (Phase::Ready, order) => self.obey_ready(order, fds),
+            (Phase::Greeting | Phase::Inventory { .. }, _) => {
+                self.break_link("gave orders before it had the inventory");
+            }
+        }
+    }
+
+    fn obey_ready(&mut self, order: ToKeeper, fds: Vec<OwnedFd>) {
+        match order {
+            ToKeeper::Spawn(spawn) => self.children.spawn(spawn, fds, &self.originals),
+            ToKeeper::Confirm { pid, fds } => {
+                if let Err(error) = self.children.confirm(pid, fds) {
+                    say(&format!("cannot reap {pid}: {error}"));
+                }
+            }
+            ToKeeper::Hold { names, owner } => self.children.hold(names, fds, owner),
+            ToKeeper::Release { name } => self.children.release(&name),
+            ToKeeper::ReleasePrefix { prefix } => self.children.release_prefix(&prefix),
+            ToKeeper::Sync { request } => {
+                // Answers to what came before go first.
+                self.tell();
+                self.send(&FromKeeper::Synced { request });
+            }
+            ToKeeper::Quit => self.quit = Some(clock::now() + QUIT_TIMEOUT),
+            ToKeeper::Welcome { .. } | ToKeeper::Taken { .. } | ToKeeper::Unknown { .. } => {}
+        }
+    }
+
+    // What goes out.
+
+    /// Sends the part of the inventory that follows, or its end.
+    fn send_next_batch(&mut self) {
+        let Supervisor::Alive(alive) = &mut self.supervisor else { return };
+        let Phase::Inventory { batch, sent } = &mut alive.phase else { return };
+        *batch += 1;
+        let batch = *batch;
+        if let Sent::ChildrenUpTo(after) = *sent {
+            if let Some((children, last)) = self.children.batch_of_children(after) {
+                *sent = Sent::ChildrenUpTo(last);
+                return self.send(&FromKeeper::Children { batch, children });
+            }
+            *sent = Sent::HeldUpTo(None);
+        }
+        let Sent::HeldUpTo(after) = sent else { return };
+        let Some((held, fds, last)) = self.children.batch_of_held(after.as_deref()) else {
+            alive.phase = Phase::Ready;
+            return self.send(&FromKeeper::InventoryEnd);
+        };
+        *after = Some(last);
+        let Some(link) = &mut alive.link else { return };
+        let outcome = match (FromKeeper::Held { batch, held }).encode(fds.len()) {
+            Ok(frame) => link.send(frame, &fds).map_err(|error| format!("link failed: {error}")),
+            Err(error) => Err(format!("cannot say what is held: {error}")),
+        };
+        if let Err(reason) = outcome {
+            self.break_link(&reason);
+        }
+    }
+
+    /// Tells the supervisor what it has not heard of, as far as there is room.
+    fn tell(&mut self) {
+        let Supervisor::Alive(Alive { link: Some(link), phase, .. }) = &mut self.supervisor else { return };
+        if let Err(error) = link.flush() {
+            return self.link_failed(&error);
+        }
+        if !matches!(phase, Phase::Ready) {
+            return;
+        }
+        for signal in std::mem::take(&mut self.to_forward) {
+            self.send(&FromKeeper::Terminate { signal });
+            if signal == libc::SIGHUP && self.terminate == Some(signal) {
+                self.terminate = None;
+            }
+        }
+        while let Supervisor::Alive(Alive { link: Some(link), .. }) = &self.supervisor
+            && link.waiting() < QUEUE_MAX
+            && let Some(news) = self.children.next_news()
+        {
+            self.send(&news);
+        }
+    }
+
+    fn send(&mut self, message: &FromKeeper) {
+        let Supervisor::Alive(Alive { link: Some(link), .. }) = &mut self.supervisor else { return };
+        match message.encode(0) {
+            Ok(frame) => {
+                if let Err(error) = link.send(frame, &[]) {
+                    self.link_failed(&error);
+                }
+            }
+            Err(error) => self.break_link(&format!("cannot say {message:?}: {error}")),
+        }
+    }
+
+    /// A supervisor that is gone cannot be written to, but what it said before can still be read.
+    fn link_failed(&mut self, error: &io::Error) {
+        if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
+            self.break_link(&format!("link failed: {error}"));
+        }
+    }
+}
+
+struct Ready {
+    signals: bool,
+    link: bool,
+    settled: Vec<u32>,
+}
+
+/// How much of the link is read at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    /// As much as there is room for its consequences.
+    Bounded,
+    /// All of it: its other end is closed, so that is what one socket buffer holds.
+    Everything,
+}
+
+/// A line on stderr, for the rare case that somebody has to look. Dropped when it would have to wait for a reader.
+fn say(text: &str) {
+    let mut stderr = io::stderr();
+    let ready = poll::wait(&[(stderr.as_fd(), Interest::Write)], Some(Duration::ZERO));
+    if ready.is_ok_and(|ready| ready[0]) {
+        // There is nobody left to tell.
+        let _ = writeln!(stderr, "pm daemon: {text}");
+    }
+}
