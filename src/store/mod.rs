@@ -1,0 +1,6 @@
+//! What is on disk: paths and the saved state.
+
+pub mod env_file;
+pub mod environment;
+pub mod paths;
+pub mod state;
