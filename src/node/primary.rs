@@ -1,0 +1,652 @@
+//! The cluster primary of one app as a value: which listeners there are, which workers have them open, who is free.
+//!
+//! ```text
+//!            opened / put in / answered
+//!   busy ───────────────────────────────▶ free        a worker, per listener
+//!    ▲                                     │
+//!    └──────────── newconn ◀── connection ─┘          at most one unanswered per worker and listener
+//! ```
+//!
+//! A connection leaves this module only when a worker has said `accepted:true`. Until then it goes to another worker
+//! when the first rejects it, loses it, or dies. No socket is touched here; `C` is a connection, or a number in tests.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::Duration;
+
+use super::messages::{ADDRESS_IN_USE, Place, Query};
+use crate::model::moment::Moment;
+use crate::model::spec::Balance;
+
+/// Names a worker; chosen by the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerIx(pub u64);
+
+/// Names a listener; chosen by the caller and never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenerIx(pub u64);
+
+/// When every worker has rejected a connection, all are asked again after this time…
+const RETRY_FIRST: Duration = Duration::from_millis(10);
+/// …which doubles up to this.
+const RETRY_MAX: Duration = Duration::from_millis(100);
+
+/// Whether a worker gets new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotation {
+    /// It does.
+    In,
+    /// It gets nothing new, and answers what it has.
+    Out,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Primary<C> {
+    listeners: BTreeMap<ListenerIx, Listener<C>>,
+    by_key: HashMap<String, ListenerIx>,
+    workers: HashMap<WorkerIx, Worker<C>>,
+}
+
+#[derive(Debug)]
+struct Listener<C> {
+    key: String,
+    /// TLS ticket keys of the first worker, as JSON.
+    data: String,
+    /// Workers in rotation that have answered their last newconn, longest free first.
+    free: VecDeque<WorkerIx>,
+    /// Accepted and not assigned.
+    pending: VecDeque<Pending<C>>,
+    /// When rejected connections are offered to everybody again.
+    retry_at: Option<Moment>,
+    retry_delay: Duration,
+}
+
+#[derive(Debug)]
+struct Pending<C> {
+    connection: C,
+    rejected_by: Vec<WorkerIx>,
+}
+
+#[derive(Debug)]
+struct Worker<C> {
+    balance: Balance,
+    rotation: Rotation,
+    open: Vec<Open>,
+    unanswered: Vec<Unanswered<C>>,
+    next_seq: u64,
+}
+
+#[derive(Debug)]
+struct Open {
+    listener: ListenerIx,
+    query: Query,
+}
+
+#[derive(Debug)]
+struct Unanswered<C> {
+    seq: u64,
+    listener: ListenerIx,
+    pending: Pending<C>,
+}
+
+/// What to do about a query.
+#[derive(Debug, PartialEq, Eq)]
+pub enum QueryAnswer {
+    /// Fails with this negative errno.
+    Refuse(i32),
+    /// The worker has it open through this very query: a former supervisor may not have answered it.
+    Again(ListenerIx),
+    /// The listener is there; record that the worker has it, then call [`Primary::open`].
+    Existing(ListenerIx),
+    /// It has to be bound; then [`Primary::add_listener`].
+    Bind(Place),
+}
+
+/// A connection for a worker: send it, and hold it until the answer.
+#[derive(Debug)]
+pub struct HandOver<C> {
+    /// To whom.
+    pub worker: WorkerIx,
+    /// The number of the `newconn`.
+    pub seq: u64,
+    /// The connection.
+    pub connection: C,
+}
+
+impl<C> Default for Primary<C> {
+    fn default() -> Self {
+        Self { listeners: BTreeMap::new(), by_key: HashMap::new(), workers: HashMap::new() }
+    }
+}
+
+impl<C: Clone> Primary<C> {
+    /// A worker has a channel. `first_seq` is where our numbers start: for an adopted worker beyond everything a former
+    /// supervisor can have used.
+    pub fn add_worker(&mut self, worker: WorkerIx, balance: Balance, first_seq: u64) {
+        self.workers.insert(
+            worker,
+            Worker {
+                balance,
+                rotation: Rotation::Out,
+                open: Vec::new(),
+                unanswered: Vec::new(),
+                next_seq: first_seq,
+            },
+        );
+    }
+
+    /// The next number of ours for a worker.
+    pub fn next_seq(&mut self, worker: WorkerIx) -> u64 {
+        let Some(worker) = self.workers.get_mut(&worker) else { return 0 };
+        let seq = worker.next_seq;
+        worker.next_seq += 1;
+        seq
+    }
+
+    /// What to do about a query.
+    #[must_use]
+    pub fn query(&self, worker: WorkerIx, query: &Query) -> QueryAnswer {
+        let key = query.key();
+        let place = match query.place() {
+            Ok(place) => place,
+            Err(errno) => return QueryAnswer::Refuse(errno),
+        };
+        let Some(&listener) = self.by_key.get(&key) else { return QueryAnswer::Bind(place) };
+        let open =
+            self.workers.get(&worker).and_then(|w| w.open.iter().find(|open| open.listener == listener));
+        match open {
+            None => QueryAnswer::Existing(listener),
+            Some(open) if open.query.seq == query.seq => QueryAnswer::Again(listener),
+            // Two successful replies with one key would kill the worker.
+            Some(_) => QueryAnswer::Refuse(ADDRESS_IN_USE),
+        }
+    }
+
+    /// A socket is bound for `key`, or was given to us by a former supervisor.
+    pub fn add_listener(&mut self, ix: ListenerIx, key: String, data: String) {
+        self.by_key.insert(key.clone(), ix);
+        self.listeners.insert(
+            ix,
+            Listener {
+                key,
+                data,
+                free: VecDeque::new(),
+                pending: VecDeque::new(),
+                retry_at: None,
+                retry_delay: RETRY_FIRST,
+            },
+        );
+    }
+
+    /// The listener of a key.
+    #[must_use]
+    pub fn listener(&self, key: &str) -> Option<ListenerIx> {
+        self.by_key.get(key).copied()
+    }
+
+    /// Key and TLS data of a listener.
+    #[must_use]
+    pub fn key_and_data(&self, listener: ListenerIx) -> Option<(&str, &str)> {
+        self.listeners.get(&listener).map(|l| (l.key.as_str(), l.data.as_str()))
+    }
+
+    /// A worker has a listener from now on.
+    pub fn open(&mut self, worker: WorkerIx, listener: ListenerIx, query: Query) {
+        let Some(record) = self.workers.get_mut(&worker) else { return };
+        if !record.open.iter().any(|open| open.listener == listener) {
+            record.open.push(Open { listener, query });
+        }
+        self.set_free(worker, listener);
+    }
+
+    /// Which of the worker's listeners a `listening` message is about.
+    #[must_use]
+    pub fn listening(&self, worker: WorkerIx, message: &Query) -> Option<ListenerIx> {
+        let open = &self.workers.get(&worker)?.open;
+        open.iter().find(|open| message.completes(&open.query)).map(|open| open.listener)
+    }
+
+    /// A worker has closed a listener. It stays for the others and the next ones.
+    pub fn close(&mut self, worker: WorkerIx, key: &str) {
+        let Some(listener) = self.listener(key) else { return };
+        if let Some(record) = self.workers.get_mut(&worker) {
+            record.open.retain(|open| open.listener != listener);
+        }
+        if let Some(record) = self.listeners.get_mut(&listener) {
+            record.free.retain(|free| *free != worker);
+        }
+    }
+
+    /// A worker gets connections from now on. Returns the listeners that may go on.
+    pub fn put_in(&mut self, worker: WorkerIx) -> Vec<ListenerIx> {
+        let Some(record) = self.workers.get_mut(&worker) else { return Vec::new() };
+        record.rotation = Rotation::In;
+        let listeners: Vec<ListenerIx> = record.open.iter().map(|open| open.listener).collect();
+        for listener in &listeners {
+            self.set_free(worker, *listener);
+        }
+        listeners
+    }
+
+    /// A worker gets nothing new from now on.
+    pub fn take_out(&mut self, worker: WorkerIx) {
+        if let Some(record) = self.workers.get_mut(&worker) {
+            record.rotation = Rotation::Out;
+        }
+        for listener in self.listeners.values_mut() {
+            listener.free.retain(|free| *free != worker);
+        }
+    }
+
+    /// How many connections a worker has not answered for.
+    #[must_use]
+    pub fn unanswered(&self, worker: WorkerIx) -> usize {
+        self.workers.get(&worker).map_or(0, |w| w.unanswered.len())
+    }
+
+    /// Whether a connection should be accepted: somebody is free and nobody waits before it.
+    #[must_use]
+    pub fn wants_connection(&self, listener: ListenerIx) -> bool {
+        self.listeners.get(&listener).is_some_and(|l| l.pending.is_empty() && !l.free.is_empty())
+    }
+
+    /// A connection was accepted.
+    pub fn connection(&mut self, listener: ListenerIx, connection: C) {
+        if let Some(listener) = self.listeners.get_mut(&listener) {
+            listener.pending.push_back(Pending { connection, rejected_by: Vec::new() });
+        }
+    }
+
+    /// Hands the next waiting connection to a free worker, if there are both. To be called until there is nothing.
+    pub fn assign(&mut self, listener_ix: ListenerIx, now: Moment) -> Option<HandOver<C>> {
+        let listener = self.listeners.get_mut(&listener_ix)?;
+        let found = listener.pending.iter().enumerate().find_map(|(waiting, pending)| {
+            let free = listener.free.iter().position(|worker| !pending.rejected_by.contains(worker))?;
+            Some((waiting, free))
+        });
+        let Some((waiting, free)) = found else {
+            self.plan_retry(listener_ix, now);
+            return None;
+        };
+        let (Some(pending), Some(worker)) = (listener.pending.remove(waiting), listener.free.remove(free))
+        else {
+            return None;
+        };
+        let connection = pending.connection.clone();
+        let record = self.workers.get_mut(&worker)?;
+        let seq = record.next_seq;
+        record.next_seq += 1;
+        record.unanswered.push(Unanswered { seq, listener: listener_ix, pending });
+        Some(HandOver { worker, seq, connection })
+    }
+
+    /// When nobody is left who has not rejected a waiting connection, all are asked again a little later: at once would
+    /// be ten thousand rejections a second (a server at `maxConnections`).
+    fn plan_retry(&mut self, listener_ix: ListenerIx, now: Moment) {
+        let Some(listener) = self.listeners.get_mut(&listener_ix) else { return };
+        if listener.retry_at.is_some() || listener.free.is_empty() {
+            return;
+        }
+        let hopeless = listener.pending.iter().any(|pending| {
+            // Somebody busy may still take it.
+            !self.workers.iter().any(|(worker, record)| {
+                record.rotation == Rotation::In
+                    && record.balance == Balance::RoundRobin
+                    && record.open.iter().any(|open| open.listener == listener_ix)
+                    && !pending.rejected_by.contains(worker)
+            })
+        });
+        if hopeless {
+            listener.retry_at = Some(now + listener.retry_delay);
+            listener.retry_delay = (listener.retry_delay * 2).min(RETRY_MAX);
+        }
+    }
+
+    /// The first moment at which [`Primary::retry_due`] has something to do.
+    #[must_use]
+    pub fn next_retry(&self) -> Option<Moment> {
+        self.listeners.values().filter_map(|listener| listener.retry_at).min()
+    }
+
+    /// Forgets rejections whose time is over; returns the listeners that may go on.
+    pub fn retry_due(&mut self, now: Moment) -> Vec<ListenerIx> {
+        let mut due = Vec::new();
+        for (ix, listener) in &mut self.listeners {
+            if listener.retry_at.is_some_and(|at| at <= now) {
+                listener.retry_at = None;
+                for pending in &mut listener.pending {
+                    pending.rejected_by.clear();
+                }
+                due.push(*ix);
+            }
+        }
+        due
+    }
+
+    /// A worker answered a newconn. Returns the listener that may go on; `None` for numbers we do not know (a former
+    /// supervisor's).
+    pub fn answered(&mut self, worker: WorkerIx, seq: u64, accepted: bool) -> Option<ListenerIx> {
+        let record = self.workers.get_mut(&worker)?;
+        let position = record.unanswered.iter().position(|unanswered| unanswered.seq == seq)?;
+        let Unanswered { listener: ix, pending, .. } = record.unanswered.swap_remove(position);
+        if let Some(listener) = self.listeners.get_mut(&ix) {
+            if accepted {
+                // Our copy goes with `pending`: with it open the worker's destroy() would send no FIN.
+                listener.retry_delay = RETRY_FIRST;
+            } else {
+                let mut pending = pending;
+                pending.rejected_by.push(worker);
+                listener.pending.push_front(pending);
+            }
+        }
+        self.set_free(worker, ix);
+        Some(ix)
+    }
+
+    /// A newconn reached the worker without its handle: the connection is offered again, to anybody.
+    pub fn lost(&mut self, worker: WorkerIx, seq: u64) -> Option<ListenerIx> {
+        let record = self.workers.get_mut(&worker)?;
+        let position = record.unanswered.iter().position(|unanswered| unanswered.seq == seq)?;
+        let Unanswered { listener: ix, pending, .. } = record.unanswered.swap_remove(position);
+        if let Some(listener) = self.listeners.get_mut(&ix) {
+            listener.pending.push_front(pending);
+        }
+        self.set_free(worker, ix);
+        Some(ix)
+    }
+
+    /// A worker's channel has ended: what it did not answer for goes to others. It writes its answer before it touches
+    /// a connection, so no byte of those was read.
+    pub fn remove_worker(&mut self, worker: WorkerIx) -> Vec<ListenerIx> {
+        let Some(record) = self.workers.remove(&worker) else { return Vec::new() };
+        for listener in self.listeners.values_mut() {
+            listener.free.retain(|free| *free != worker);
+        }
+        let mut touched = Vec::new();
+        for unanswered in record.unanswered.into_iter().rev() {
+            if let Some(listener) = self.listeners.get_mut(&unanswered.listener) {
+                listener.pending.push_front(unanswered.pending);
+                touched.push(unanswered.listener);
+            }
+        }
+        touched
+    }
+
+    /// Forgets a listener; waiting connections are dropped with it.
+    pub fn remove_listener(&mut self, listener: ListenerIx) {
+        let Some(record) = self.listeners.remove(&listener) else { return };
+        self.by_key.remove(&record.key);
+        for worker in self.workers.values_mut() {
+            worker.open.retain(|open| open.listener != listener);
+        }
+    }
+
+    /// Whether a worker that waits its turn has this listener open, in rotation or not.
+    #[must_use]
+    pub fn is_by_turns(&self, listener: ListenerIx) -> bool {
+        self.workers.values().any(|worker| {
+            worker.balance == Balance::RoundRobin
+                && worker.open.iter().any(|open| open.listener == listener && !open.query.is_datagram())
+        })
+    }
+
+    /// Whether the app has neither workers nor listeners.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.workers.is_empty() && self.listeners.is_empty()
+    }
+
+    /// Whether connections wait for a worker of this listener.
+    #[must_use]
+    pub fn has_pending(&self, listener: ListenerIx) -> bool {
+        self.listeners.get(&listener).is_some_and(|listener| !listener.pending.is_empty())
+    }
+
+    /// All listeners.
+    pub fn listeners(&self) -> impl Iterator<Item = (ListenerIx, &str)> {
+        self.listeners.iter().map(|(ix, listener)| (*ix, listener.key.as_str()))
+    }
+
+    /// How a listener is used.
+    #[must_use]
+    pub fn usage(&self, listener: ListenerIx) -> Usage {
+        let open = |record: &&Worker<C>| record.open.iter().any(|open| open.listener == listener);
+        Usage {
+            workers: self.workers.values().filter(open).count(),
+            free: self.listeners.get(&listener).map_or(0, |l| l.free.len()),
+            pending: self.listeners.get(&listener).map_or(0, |l| l.pending.len()),
+        }
+    }
+
+    fn set_free(&mut self, worker: WorkerIx, listener_ix: ListenerIx) {
+        let Some(record) = self.workers.get(&worker) else { return };
+        let serves = record.rotation == Rotation::In
+            && record.balance == Balance::RoundRobin
+            && record.open.iter().any(|open| open.listener == listener_ix && !open.query.is_datagram())
+            && !record.unanswered.iter().any(|unanswered| unanswered.listener == listener_ix);
+        if let Some(listener) = self.listeners.get_mut(&listener_ix)
+            && serves
+            && !listener.free.contains(&worker)
+        {
+            listener.free.push_back(worker);
+        }
+    }
+}
+
+/// How a listener is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Workers that have it open.
+    pub workers: usize,
+    /// Of these, free ones in rotation.
+    pub free: usize,
+    /// Connections that wait for a worker.
+    pub pending: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::node::messages::QueryKind;
+
+    const NOW: Moment = Moment::from_nanos(1_000_000_000);
+
+    fn query(port: i64, seq: u64) -> Query {
+        Query { seq, port: Some(port), kind: QueryKind::Tcp4, data: "null".to_owned(), ..Query::default() }
+    }
+
+    fn with_workers(count: u64) -> (Primary<u32>, ListenerIx) {
+        let mut primary = Primary::default();
+        let listener = ListenerIx(1);
+        primary.add_listener(listener, query(80, 1).key(), "null".to_owned());
+        for ix in (0..count).map(WorkerIx) {
+            primary.add_worker(ix, Balance::RoundRobin, 0);
+            primary.open(ix, listener, query(80, 1));
+            primary.put_in(ix);
+        }
+        (primary, listener)
+    }
+
+    #[test]
+    fn connections_alternate_between_free_workers() {
+        let (mut primary, listener) = with_workers(2);
+        let mut served = [0, 0];
+        for connection in 0..20 {
+            primary.connection(listener, connection);
+            let hand_over = primary.assign(listener, NOW).unwrap();
+            served[usize::try_from(hand_over.worker.0).unwrap()] += 1;
+            primary.answered(hand_over.worker, hand_over.seq, true);
+        }
+        assert_eq!(served, [10, 10]);
+    }
+
+    #[test]
+    fn one_unanswered_connection_per_worker() {
+        let (mut primary, listener) = with_workers(2);
+        for connection in 0..2 {
+            assert!(primary.wants_connection(listener));
+            primary.connection(listener, connection);
+            primary.assign(listener, NOW).unwrap();
+        }
+        assert!(!primary.wants_connection(listener));
+        primary.connection(listener, 3);
+        assert!(primary.assign(listener, NOW).is_none());
+    }
+
+    #[test]
+    fn a_fresh_worker_gets_nothing_before_it_is_put_in() {
+        let mut primary: Primary<u32> = Primary::default();
+        let listener = ListenerIx(1);
+        primary.add_listener(listener, query(80, 1).key(), "null".to_owned());
+        primary.add_worker(WorkerIx(0), Balance::RoundRobin, 0);
+        primary.open(WorkerIx(0), listener, query(80, 1));
+        assert!(!primary.wants_connection(listener));
+        primary.put_in(WorkerIx(0));
+        assert!(primary.wants_connection(listener));
+        primary.take_out(WorkerIx(0));
+        assert!(!primary.wants_connection(listener));
+    }
+
+    #[test]
+    fn a_rejected_connection_goes_to_another_and_then_waits() {
+        let (mut primary, listener) = with_workers(2);
+        primary.connection(listener, 7);
+        let first = primary.assign(listener, NOW).unwrap();
+        primary.answered(first.worker, first.seq, false);
+        let second = primary.assign(listener, NOW).unwrap();
+        assert_ne!(first.worker, second.worker);
+        assert_eq!(second.connection, 7);
+        primary.answered(second.worker, second.seq, false);
+        assert!(primary.assign(listener, NOW).is_none());
+        assert_eq!(primary.next_retry(), Some(NOW + RETRY_FIRST));
+        assert_eq!(primary.retry_due(NOW + RETRY_FIRST), vec![listener]);
+        assert_eq!(primary.assign(listener, NOW).unwrap().connection, 7);
+    }
+
+    #[test]
+    fn what_a_dead_worker_had_goes_first() {
+        let (mut primary, listener) = with_workers(1);
+        primary.connection(listener, 1);
+        primary.assign(listener, NOW).unwrap();
+        primary.connection(listener, 2);
+        assert_eq!(primary.remove_worker(WorkerIx(0)), vec![listener]);
+        assert!(primary.assign(listener, NOW).is_none());
+        primary.add_worker(WorkerIx(1), Balance::RoundRobin, 0);
+        primary.open(WorkerIx(1), listener, query(80, 1));
+        primary.put_in(WorkerIx(1));
+        let next = primary.assign(listener, NOW).unwrap();
+        assert_eq!((next.worker, next.connection), (WorkerIx(1), 1));
+    }
+
+    #[test]
+    fn queries() {
+        let (mut primary, listener) = with_workers(1);
+        primary.add_worker(WorkerIx(1), Balance::Shared, 0);
+        for (worker, asked, expected) in [
+            (0, query(80, 1), QueryAnswer::Again(listener)),
+            (0, query(80, 2), QueryAnswer::Refuse(ADDRESS_IN_USE)),
+            (1, query(80, 1), QueryAnswer::Existing(listener)),
+            (1, query(81, 1), QueryAnswer::Bind(Place::TcpAny { port: 81 })),
+            (1, query(99_999, 1), QueryAnswer::Refuse(super::super::messages::INVALID)),
+        ] {
+            assert_eq!(primary.query(WorkerIx(worker), &asked), expected, "{asked:?}");
+        }
+        // Closed and opened again by the same worker.
+        primary.close(WorkerIx(0), &query(80, 1).key());
+        assert_eq!(primary.query(WorkerIx(0), &query(80, 3)), QueryAnswer::Existing(listener));
+        primary.remove_listener(listener);
+        assert_eq!(primary.query(WorkerIx(0), &query(80, 4)), QueryAnswer::Bind(Place::TcpAny { port: 80 }));
+    }
+
+    #[test]
+    fn listening_finds_its_query_also_for_port_0() {
+        let mut primary: Primary<u32> = Primary::default();
+        primary.add_worker(WorkerIx(0), Balance::RoundRobin, 0);
+        let asked = [Query { index: 0, ..query(0, 1) }, Query { index: 1, ..query(0, 2) }];
+        let listeners = asked.clone().map(|asked| {
+            let listener = ListenerIx(asked.seq);
+            primary.add_listener(listener, asked.key(), "null".to_owned());
+            primary.open(WorkerIx(0), listener, asked);
+            listener
+        });
+        let message = Query { index: 1, ..query(40_000, 5) };
+        assert_eq!(primary.listening(WorkerIx(0), &message), Some(listeners[1]));
+    }
+
+    proptest! {
+        /// Whatever workers do, no connection is lost or served twice, none goes to a worker out of rotation, and
+        /// none has two at a time.
+        #[test]
+        fn no_connection_is_lost(script in prop::collection::vec((0_u8..8, 0_u64..4), 1..200)) {
+            let mut primary: Primary<u32> = Primary::default();
+            let listener = ListenerIx(1);
+            primary.add_listener(listener, query(80, 1).key(), "null".to_owned());
+            let (mut accepted, mut served) = (0_u32, BTreeSet::new());
+            let mut held: BTreeMap<u64, (u64, u32)> = BTreeMap::new();
+            let (mut alive, mut rotation) = (BTreeSet::new(), BTreeSet::new());
+            let mut now = NOW;
+            for (step, who) in script {
+                let worker = WorkerIx(who);
+                match step {
+                    0 => {
+                        if alive.insert(who) {
+                            primary.add_worker(worker, Balance::RoundRobin, 0);
+                            primary.open(worker, listener, query(80, 1));
+                        }
+                    }
+                    1 => {
+                        if alive.contains(&who) {
+                            primary.put_in(worker);
+                            rotation.insert(who);
+                        }
+                    }
+                    2 => {
+                        primary.take_out(worker);
+                        rotation.remove(&who);
+                    }
+                    3 => {
+                        primary.remove_worker(worker);
+                        alive.remove(&who);
+                        rotation.remove(&who);
+                        held.remove(&who);
+                    }
+                    4 => {
+                        if let Some((seq, connection)) = held.remove(&who) {
+                            primary.answered(worker, seq, true);
+                            prop_assert!(served.insert(connection));
+                        }
+                    }
+                    5 => {
+                        if let Some((seq, _)) = held.remove(&who) {
+                            primary.answered(worker, seq, false);
+                        }
+                    }
+                    6 => {
+                        if let Some((seq, _)) = held.remove(&who) {
+                            primary.lost(worker, seq);
+                        }
+                    }
+                    _ => {
+                        if primary.wants_connection(listener) {
+                            primary.connection(listener, accepted);
+                            accepted += 1;
+                        }
+                    }
+                }
+                now = now + Duration::from_millis(20);
+                primary.retry_due(now);
+                while let Some(hand_over) = primary.assign(listener, now) {
+                    prop_assert!(rotation.contains(&hand_over.worker.0));
+                    let before = held.insert(hand_over.worker.0, (hand_over.seq, hand_over.connection));
+                    prop_assert_eq!(before, None);
+                }
+            }
+            let waiting = primary.usage(listener).pending;
+            prop_assert_eq!(served.len() + held.len() + waiting, accepted as usize);
+        }
+    }
+}
