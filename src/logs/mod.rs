@@ -1,0 +1,20 @@
+//! From an app's pipes to its log files, and from the files to a reader.
+//!
+//! [`spawn`] starts the one thread that reads the pipes of every instance and writes their files ([`pump`]); the
+//! supervisor tells it which pipes there are through a [`LogHandle`] that never blocks. Lines are kept whole
+//! ([`mod@line`]), files are opened, shared and survived by [`writer`], time stamps come from [`stamp`]. [`tail`] reads the
+//! files for `pm logs` and needs no daemon.
+//!
+//! Never: memory that grows with what an app writes, an app that stops because its disk is full, a driver that waits
+//! for a disk.
+
+pub mod line;
+pub mod naming;
+pub mod pump;
+pub mod recent;
+pub mod stamp;
+pub mod tail;
+pub mod writer;
+
+pub use pump::{Attachment, LogEvent, LogHandle, Pipe, spawn};
+pub use writer::{Owner, Target};

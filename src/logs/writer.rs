@@ -1,0 +1,487 @@
+//! One log file, written by one or more streams.
+//!
+//! The file is opened O_APPEND. That costs nothing and makes everything else that touches it harmless: after a
+//! `copytruncate` or `pm flush` the next write lands at the new end instead of behind a hole, and during an upgrade two
+//! supervisors cannot overwrite each other. There is one writer per path, so what has arrived of a batch can still be
+//! told from the file's size.
+//!
+//! A full disk never stops an app: what cannot be written is dropped and counted, and the file says so as soon as it
+//! takes bytes again. A disk that hangs holds up the pump's thread and, once their pipes are full, the apps, as if they
+//! wrote their files themselves; it never holds up the driver.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::libc;
+use nix::unistd::{Gid, Uid, fchown};
+
+/// Log files are readable by their group, not by the world.
+const MODE: u32 = 0o640;
+/// How often the path is compared with the open file.
+const IDENTITY_CHECK: Duration = Duration::from_secs(1);
+/// How long after a failed write or open the next one is tried: a storm of lines on a full disk costs no system calls.
+const RETRY: Duration = Duration::from_millis(100);
+/// How often the same trouble is reported.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// Who owns a log file that we create.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Numeric user id.
+    pub uid: u32,
+    /// Numeric group id.
+    pub gid: u32,
+}
+
+/// Where a stream goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Read and thrown away (the last lines are kept in memory all the same).
+    Discard,
+    /// Appended to a file.
+    File {
+        /// Absolute. Created with its parents; a symlink is refused, except below `/dev` and `/proc`.
+        path: PathBuf,
+        /// Given to the file when we create it.
+        owner: Option<Owner>,
+    },
+}
+
+impl Target {
+    /// The target for a log path: `/dev/null` needs no file.
+    #[must_use]
+    pub fn file(path: PathBuf, owner: Option<Owner>) -> Self {
+        if path == Path::new("/dev/null") { Self::Discard } else { Self::File { path, owner } }
+    }
+}
+
+/// Output that a file did not take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// The file.
+    pub path: PathBuf,
+    /// Why, in the kernel's words.
+    pub reason: String,
+    /// Bytes lost in this file since the last time it took any.
+    pub dropped: u64,
+}
+
+/// Identifies a stream within the pump.
+pub(crate) type StreamKey = u64;
+
+/// Stands for whoever wrote before us. Keys of streams count up from 0.
+const SOMEBODY: StreamKey = StreamKey::MAX - 1;
+
+/// What became of bytes handed to a [`Writer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub(crate) enum Outcome {
+    Written,
+    /// Some or all are lost; the caller skips to its next line start so that what follows is whole.
+    Dropped,
+}
+
+#[derive(Debug)]
+struct Open {
+    file: File,
+    /// Device and inode; `None` for anything but a regular file, which is never rotated.
+    identity: Option<(u64, u64)>,
+}
+
+/// An open log file.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    path: PathBuf,
+    owner: Option<Owner>,
+    open: Option<Open>,
+    checked: Instant,
+    /// The file was moved away: go on in a new one at the next line start.
+    is_stale: bool,
+    /// The stream whose unfinished line is the end of the file.
+    mid_line: Option<StreamKey>,
+    failure: Option<Failure>,
+    dropped_ever: u64,
+    reported: Option<Instant>,
+    report: Option<Trouble>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    dropped: u64,
+    retry_at: Instant,
+}
+
+impl Writer {
+    /// Opens the file. When that fails, it is tried again as long as there is output for it.
+    pub(crate) fn new(path: PathBuf, owner: Option<Owner>, now: Instant) -> Self {
+        let mut writer = Self {
+            path,
+            owner,
+            open: None,
+            checked: now,
+            is_stale: false,
+            mid_line: None,
+            failure: None,
+            dropped_ever: 0,
+            reported: None,
+            report: None,
+        };
+        if let Err(error) = writer.reopen(now) {
+            writer.fail(&error, 0, now);
+        }
+        writer
+    }
+
+    /// A program begins to write that has not written here before: when the file ends in somebody's unfinished line, as
+    /// after a crash, that line is ended first.
+    pub(crate) fn begin_line(&mut self) {
+        let Some(identity) = self.open.as_ref().and_then(|open| open.identity) else { return };
+        if self.mid_line.is_none() && ends_mid_line(&self.path, identity).unwrap_or(false) {
+            self.mid_line = Some(SOMEBODY);
+        }
+    }
+
+    /// Whether the file ends in an unfinished line of this stream.
+    pub(crate) fn is_mid_line_of(&self, stream: StreamKey) -> bool {
+        self.mid_line == Some(stream)
+    }
+
+    /// Appends bytes of a stream. When the file ends in another stream's unfinished line, that line is ended first.
+    pub(crate) fn append(&mut self, stream: StreamKey, bytes: &[u8], now: Instant) -> Outcome {
+        if bytes.is_empty() {
+            return Outcome::Written;
+        }
+        if self.failure.is_some() && self.recover(now).is_err() {
+            return self.lose(bytes.len());
+        }
+        self.follow_rotation(now);
+        let mut rest = bytes;
+        if self.is_stale {
+            // The line that is open stays in the file where it began, if its end is at hand.
+            if self.mid_line == Some(stream)
+                && let Some(end) = memchr::memchr(b'\n', rest)
+            {
+                if let Err((error, written)) = self.write_all(stream, &rest[..=end]) {
+                    return self.fail_after(&error, rest.len() - written, now);
+                }
+                rest = &rest[end + 1..];
+            }
+            if let Err(error) = self.reopen(now) {
+                return self.fail_after(&error, rest.len(), now);
+            }
+        }
+        if self.mid_line.is_some_and(|other| other != stream)
+            && let Err((error, _)) = self.write_all(stream, b"\n")
+        {
+            return self.fail_after(&error, rest.len(), now);
+        }
+        match self.write_all(stream, rest) {
+            Ok(()) => Outcome::Written,
+            Err((error, written)) => self.fail_after(&error, rest.len() - written, now),
+        }
+    }
+
+    /// Closes the file and opens its path again, whatever is there now. The old file stays open when that fails.
+    pub(crate) fn reopen(&mut self, now: Instant) -> io::Result<()> {
+        let open = open(&self.path, self.owner)?;
+        if self.open.as_ref().is_none_or(|old| old.identity.is_none() || old.identity != open.identity) {
+            self.mid_line = None;
+        }
+        self.open = Some(open);
+        self.checked = now;
+        self.is_stale = false;
+        Ok(())
+    }
+
+    /// Trouble that is to be reported, at most once in ten seconds.
+    pub(crate) const fn take_report(&mut self) -> Option<Trouble> {
+        self.report.take()
+    }
+
+    /// Bytes lost since the last call.
+    pub(crate) const fn take_dropped(&mut self) -> u64 {
+        std::mem::replace(&mut self.dropped_ever, 0)
+    }
+
+    /// Counts the rest of a line whose beginning is lost.
+    pub(crate) const fn count_skipped(&mut self, count: usize) {
+        self.dropped_ever += count as u64;
+    }
+
+    /// Notices, at most once a second, that somebody moved or removed the file.
+    fn follow_rotation(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.checked) < IDENTITY_CHECK {
+            return;
+        }
+        self.checked = now;
+        let Some(identity) = self.open.as_ref().and_then(|open| open.identity) else { return };
+        let at_path = fs::symlink_metadata(&self.path).map(|meta| (meta.dev(), meta.ino()));
+        self.is_stale = at_path.ok() != Some(identity);
+    }
+
+    fn recover(&mut self, now: Instant) -> io::Result<()> {
+        let Some(failure) = &self.failure else { return Ok(()) };
+        if now < failure.retry_at {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let notice = (failure.dropped > 0).then(|| {
+            let newline = if self.mid_line.is_some() { "\n" } else { "" };
+            format!("{newline}[pm] {} bytes of output were lost here: {}\n", failure.dropped, failure.reason)
+        });
+        let attempt = if self.open.is_none() { self.reopen(now) } else { Ok(()) };
+        let attempt = attempt.and_then(|()| match notice {
+            // Belongs to no stream, and ends its line.
+            Some(notice) => self.write_all(StreamKey::MAX, notice.as_bytes()).map_err(|(error, _)| error),
+            None => Ok(()),
+        });
+        match attempt {
+            Ok(()) => self.failure = None,
+            Err(ref error) => self.fail(error, 0, now),
+        }
+        attempt
+    }
+
+    /// Writes everything, or says how far it came.
+    fn write_all(&mut self, stream: StreamKey, bytes: &[u8]) -> Result<(), (io::Error, usize)> {
+        let Some(open) = &mut self.open else { return Err((io::ErrorKind::NotFound.into(), 0)) };
+        let mut written = 0;
+        let result = loop {
+            if written == bytes.len() {
+                break Ok(());
+            }
+            match open.file.write(&bytes[written..]) {
+                Ok(0) => break Err((io::ErrorKind::WriteZero.into(), written)),
+                Ok(count) => written += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break Err((error, written)),
+            }
+        };
+        if let Some(&last) = bytes[..written].last() {
+            self.mid_line = (last != b'\n').then_some(stream);
+        }
+        result
+    }
+
+    fn fail_after(&mut self, error: &io::Error, lost: usize, now: Instant) -> Outcome {
+        self.fail(error, lost, now);
+        Outcome::Dropped
+    }
+
+    fn fail(&mut self, error: &io::Error, lost: usize, now: Instant) {
+        let lost = lost as u64;
+        let dropped = self.failure.as_ref().map_or(0, |failure| failure.dropped) + lost;
+        self.dropped_ever += lost;
+        self.failure = Some(Failure { reason: error.to_string(), dropped, retry_at: now + RETRY });
+        if self.reported.is_none_or(|at| now.saturating_duration_since(at) >= REPORT_EVERY) {
+            self.reported = Some(now);
+            self.report = Some(Trouble { path: self.path.clone(), reason: error.to_string(), dropped });
+        }
+    }
+
+    fn lose(&mut self, count: usize) -> Outcome {
+        if let Some(failure) = &mut self.failure {
+            failure.dropped += count as u64;
+        }
+        self.dropped_ever += count as u64;
+        Outcome::Dropped
+    }
+}
+
+/// Opens a log file for appending and creates it, and its parents, where they are missing.
+///
+/// O_NONBLOCK means nothing for a regular file; it keeps a FIFO without a reader, or a terminal that is held, from
+/// blocking every app's output.
+fn open(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if may_be_link(path) { 0 } else { libc::O_NOFOLLOW };
+    let mut options = OpenOptions::new();
+    options.append(true).mode(MODE).custom_flags(flags);
+    let file = match options.open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent)?;
+            }
+            match options.clone().create_new(true).open(path) {
+                Ok(file) => {
+                    if let Some(Owner { uid, gid }) = owner {
+                        fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+                    }
+                    file
+                }
+                // Somebody else, logrotate perhaps, was quicker.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => options.open(path)?,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(error) => return Err(error),
+    };
+    let meta = file.metadata()?;
+    if meta.file_type().is_block_device() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a block device is no log file"));
+    }
+    let identity = meta.file_type().is_file().then(|| (meta.dev(), meta.ino()));
+    Ok(Open { file, identity })
+}
+
+/// Through a descriptor of its own: the one for appending cannot read, and one that can would make a FIFO its own reader.
+fn ends_mid_line(path: &Path, identity: (u64, u64)) -> io::Result<bool> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let meta = file.metadata()?;
+    let mut last = [b'\n'];
+    if (meta.dev(), meta.ino()) == identity && meta.len() > 0 {
+        file.read_exact_at(&mut last, meta.len() - 1)?;
+    }
+    Ok(last != [b'\n'])
+}
+
+/// `/dev/stdout` and its like are symlinks that root made. `/dev/shm` and `/dev/mqueue` are anybody's.
+fn may_be_link(path: &Path) -> bool {
+    let ours = path.starts_with("/dev") || path.starts_with("/proc");
+    ours && !path.starts_with("/dev/shm") && !path.starts_with("/dev/mqueue")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    fn later(now: Instant) -> Instant {
+        now + Duration::from_secs(2)
+    }
+
+    #[test]
+    fn creates_parents_and_a_file_that_is_not_for_everybody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b/x.log");
+        let now = Instant::now();
+        let mut writer = Writer::new(path.clone(), None, now);
+        assert_eq!(writer.append(1, b"hello\n", now), Outcome::Written);
+        assert_eq!(fs::read(&path).unwrap(), b"hello\n");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7137, 0, "at most 0640");
+    }
+
+    #[test]
+    fn a_symlink_is_refused_and_a_device_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (victim, link) = (dir.path().join("victim"), dir.path().join("x.log"));
+        fs::write(&victim, "precious").unwrap();
+        std::os::unix::fs::symlink(&victim, &link).unwrap();
+        let now = Instant::now();
+        let mut writer = Writer::new(link, None, now);
+        assert_eq!(writer.append(1, b"gotcha\n", later(now)), Outcome::Dropped);
+        assert_eq!(writer.take_dropped(), 7);
+        assert!(writer.take_report().is_some());
+        assert_eq!(fs::read(&victim).unwrap(), b"precious");
+
+        let mut writer = Writer::new("/dev/fd/2".into(), None, now);
+        assert!(writer.take_report().is_none());
+        assert_eq!(writer.append(1, b"", now), Outcome::Written);
+    }
+
+    #[test]
+    fn two_streams_do_not_share_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.log");
+        let now = Instant::now();
+        let mut writer = Writer::new(path.clone(), None, now);
+        for (stream, bytes) in [(1, &b"pa"[..]), (1, b"rt"), (2, b"whole\n"), (1, b" rest\n"), (2, b"end\n")]
+        {
+            assert_eq!(writer.append(stream, bytes, now), Outcome::Written);
+        }
+        assert_eq!(fs::read_to_string(&path).unwrap(), "part\nwhole\n rest\nend\n");
+    }
+
+    #[test]
+    fn a_new_program_begins_a_line_of_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.log");
+        let now = Instant::now();
+        for (before, expected) in
+            [("last wor", "last wor\nfirst\n"), ("done\n", "done\nfirst\n"), ("", "first\n")]
+        {
+            fs::write(&path, before).unwrap();
+            let mut writer = Writer::new(path.clone(), None, now);
+            writer.begin_line();
+            assert_eq!(writer.append(1, b"first\n", now), Outcome::Written);
+            assert_eq!(fs::read_to_string(&path).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn a_new_file_belongs_to_the_owner_that_was_named() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: only root can give files away");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.log");
+        let _writer = Writer::new(path.clone(), Some(Owner { uid: 12345, gid: 23456 }), Instant::now());
+        let meta = fs::metadata(&path).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (12345, 23456));
+    }
+
+    #[test]
+    fn rotation_by_rename_is_followed_at_a_line_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (dir.path().join("x.log"), dir.path().join("x.log.1"));
+        let now = Instant::now();
+        let mut writer = Writer::new(path.clone(), None, now);
+        let _ = writer.append(1, b"one\ntw", now);
+        fs::rename(&path, &old).unwrap();
+        let _ = writer.append(1, b"o\nthree\n", later(now));
+        assert_eq!(fs::read_to_string(&old).unwrap(), "one\ntwo\n");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "three\n");
+    }
+
+    #[test]
+    fn truncation_leaves_no_hole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.log");
+        let now = Instant::now();
+        let mut writer = Writer::new(path.clone(), None, now);
+        let _ = writer.append(1, b"one\n", now);
+        File::create(&path).unwrap();
+        let _ = writer.append(1, b"two\n", now);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "two\n");
+    }
+
+    #[test]
+    fn what_a_full_target_refuses_is_counted_and_said() {
+        // A FIFO whose reader is slow: the portable kind of "full".
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut now = Instant::now();
+        let mut writer = Writer::new(path, None, now);
+        let mut line = vec![b'x'; 1023];
+        line.push(b'\n');
+        let mut lost = 0;
+        for _ in 0..1024 {
+            if writer.append(1, &line, now) == Outcome::Dropped {
+                lost += 1;
+            }
+        }
+        assert!(lost > 0);
+        assert_eq!(writer.take_report().unwrap().reason, "Resource temporarily unavailable (os error 11)");
+        let mut text = Vec::new();
+        let _ = reader.read_to_end(&mut text);
+        now = later(now);
+        assert_eq!(writer.append(1, b"after\n", now), Outcome::Written);
+        let dropped = writer.take_dropped();
+        text.clear();
+        let _ = reader.read_to_end(&mut text);
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.contains(&format!("[pm] {dropped} bytes of output were lost here: ")), "{text}");
+        assert!(text.ends_with("\nafter\n"), "{text}");
+    }
+}
