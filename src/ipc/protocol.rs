@@ -1,0 +1,437 @@
+//! The messages between the command line and the supervisor; also the public API of the socket.
+//!
+//! Fields are only ever added. Unknown fields are ignored, so that an older client understands a newer supervisor and
+//! the reverse; an unknown request is refused with code 2.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::model::id::{AppName, Generation, OpId, PmId, Slot};
+use crate::model::spec::AppSpec;
+use crate::model::status::Status;
+
+/// The version of this protocol.
+pub const VERSION: u32 = 1;
+
+/// The longest line in either direction, in bytes. A longer request is refused and the connection closed.
+pub const MAX_LINE: usize = 64 * 1024 * 1024;
+
+/// A supervisor that is alive says so at least this often while a request is under way.
+pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
+
+/// A request as one line.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// [`VERSION`].
+    pub v: u32,
+    /// Chosen by the client, at random: names the operation, so that a client that lost its connection can ask for
+    /// the outcome with [`Request::Outcome`].
+    pub op: OpId,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// What can be asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Whether anybody is there. Answers `Pong`.
+    Ping,
+    /// The table. Answers `List`. No targets: everything.
+    List {
+        /// Names, namespaces, ids, /regex/, `all`.
+        targets: Vec<String>,
+    },
+    /// The table with everything known: processes of each instance, environment, paths. Answers `Describe`.
+    Describe {
+        /// As in `List`, but at least one.
+        targets: Vec<String>,
+        /// Do not mask values of the environment.
+        show_env: bool,
+    },
+    /// The list in PM2's form. Answers `Raw` with a JSON array.
+    Jlist {
+        /// As in `List`.
+        targets: Vec<String>,
+        /// Do not mask values of the environment.
+        show_env: bool,
+    },
+    /// Limit how many instances may launch at once. Answers `Operation`.
+    LimitStarts {
+        /// From 1.
+        at_once: u32,
+    },
+    /// Start apps from specs. Answers `Operation`.
+    Start {
+        /// The specs, in order.
+        specs: Vec<AppSpec>,
+        /// The caller's environment, scrubbed.
+        shell: BTreeMap<String, String>,
+    },
+    /// Act on what exists. Answers `Operation`.
+    Act {
+        /// What to do.
+        verb: Verb,
+        /// On what; with `specs`, the names of those specs unless given.
+        targets: Vec<String>,
+        /// `restart FILE`, `reload FILE`: the specs as the file has them now; an app that does not exist is started.
+        specs: Vec<AppSpec>,
+        /// The caller's environment: with `--update-env`, and with `specs` for apps that are new.
+        shell: Option<BTreeMap<String, String>>,
+        /// Take `shell` also for apps that exist.
+        update_env: bool,
+    },
+    /// Change the number of instances. Answers `Operation`.
+    Scale {
+        /// One app.
+        target: String,
+        /// To how many.
+        to: ScaleTo,
+    },
+    /// Set restart counters to zero. Answers `Operation`.
+    Reset {
+        /// As in `List`.
+        targets: Vec<String>,
+    },
+    /// The environment of one instance, never masked. Answers `Env`.
+    Env {
+        /// An id, or a name (its first slot).
+        target: String,
+    },
+    /// Write the list for `resurrect`. Answers `Saved`.
+    Save,
+    /// Start what the saved list says. Answers `Operation`.
+    Resurrect,
+    /// Save the list, stop everything, end the daemon. Answers `Operation`, before the daemon ends.
+    Kill,
+    /// The outcome of an earlier operation, waiting for it if it is under way. Answers `Operation`, or
+    /// `NeverBegun`.
+    Outcome {
+        /// Which.
+        op: OpId,
+    },
+}
+
+/// What to do with what exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verb {
+    /// Stopped: start; online: restart.
+    Start,
+    /// Stop.
+    Stop,
+    /// All instances at once.
+    Restart,
+    /// One generation after the other.
+    Reload,
+    /// Stop and forget.
+    Delete,
+}
+
+/// A new number of instances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleTo {
+    /// Exactly this many.
+    To(u32),
+    /// This many more.
+    Up(u32),
+    /// This many fewer.
+    Down(u32),
+}
+
+/// A line of the server.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Line {
+    /// The call it belongs to.
+    pub op: OpId,
+    /// What it says.
+    pub reply: Reply,
+}
+
+/// What a line says.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// The request arrived; sent at once, and again every [`ALIVE_EVERY`] while it is under way.
+    Alive,
+    /// Words for people before an operation acts: "this is not zero-downtime, because …".
+    Notice(String),
+    /// A step of the operation.
+    Progress(StepView),
+    /// The end: what was asked for.
+    Answer(Answer),
+    /// The end: nothing, or not what was asked for.
+    Refused(Refused),
+}
+
+/// What was asked for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// To `Ping`.
+    Pong {
+        /// The supervisor's version.
+        version: String,
+        /// The keeper's pid.
+        daemon_pid: u32,
+        /// The supervisor's pid.
+        supervisor_pid: u32,
+    },
+    /// To `List`.
+    List(ListView),
+    /// To `Describe`.
+    Describe(Vec<InstanceDetail>),
+    /// To `Jlist`: JSON as it is to be printed.
+    Raw(Box<RawValue>),
+    /// To everything that changes something.
+    Operation(OperationView),
+    /// To `Env`.
+    Env(BTreeMap<String, String>),
+    /// To `Save`.
+    Saved {
+        /// Where.
+        path: PathBuf,
+        /// How many apps.
+        apps: u32,
+    },
+    /// To `Outcome`: nobody has begun it, so it may be asked for again.
+    NeverBegun,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// The exit code (design: 1 failed, 2 wrong usage, 3 no such app, 5 busy, 70 internal).
+    pub code: u8,
+    /// What could not be done: "cannot reload `api`".
+    pub message: String,
+    /// Why.
+    pub cause: Option<String>,
+    /// What would work.
+    pub hint: Option<String>,
+}
+
+/// A step of an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepView {
+    /// Whose instance.
+    pub app: AppName,
+    /// Its number for people.
+    pub pm_id: PmId,
+    /// Its place.
+    pub slot: Slot,
+    /// Its generation.
+    pub generation: Generation,
+    /// What happened.
+    pub step: StepKind,
+}
+
+/// What happened to an instance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepKind {
+    /// Waits for its turn.
+    Queued,
+    /// Is being spawned.
+    Launching,
+    /// Runs.
+    Spawned {
+        /// Its main process.
+        pid: u32,
+    },
+    /// Is ready.
+    Ready {
+        /// Milliseconds since the spawn.
+        after_ms: u64,
+    },
+    /// Gets no new connections.
+    Draining,
+    /// Has the kill signal.
+    Signalled {
+        /// "SIGINT".
+        signal: String,
+    },
+    /// Is gone.
+    Gone {
+        /// Milliseconds since it began to stop.
+        after_ms: u64,
+        /// SIGKILL was needed.
+        killed: bool,
+        /// "exit code 0", "SIGINT".
+        reason: String,
+    },
+    /// Will not be.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// How an operation ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationView {
+    /// Whether everything is as asked. Exit code 0, else 1.
+    pub ok: bool,
+    /// One per app, in the order asked.
+    pub apps: Vec<AppResult>,
+}
+
+/// How an operation ended for one app.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppResult {
+    /// Which app.
+    pub app: AppName,
+    /// Whether it is as asked.
+    pub ok: bool,
+    /// "started", "already running", "reloaded", "superseded", "failed", …
+    pub result: String,
+    /// How many slots were concerned.
+    pub slots: u32,
+    /// What went wrong.
+    pub failure: Option<Failure>,
+}
+
+/// What went wrong in an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// "worker 2 was not ready within 5s", in one line.
+    pub cause: String,
+    /// What serves now, and what to do.
+    pub hint: Option<String>,
+    /// The last lines the failed instance wrote.
+    pub last_lines: Vec<String>,
+    /// Slots that run the new release.
+    pub replaced: Vec<Slot>,
+    /// Slots that still run the old one.
+    pub kept: Vec<Slot>,
+}
+
+/// The table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ListView {
+    /// One row per slot, by app in the order of creation, then by slot.
+    pub rows: Vec<Row>,
+    /// The machine.
+    pub host: HostView,
+    /// Something people should know: the supervisor keeps dying, the disk is full.
+    pub warnings: Vec<String>,
+}
+
+/// A row of the table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Its number for people.
+    pub pm_id: PmId,
+    /// Whose instance.
+    pub app: AppName,
+    /// The app's namespace.
+    pub namespace: String,
+    /// Its place.
+    pub slot: Slot,
+    /// The generation in the row.
+    pub generation: Option<Generation>,
+    /// "fork" or "cluster".
+    pub mode: String,
+    /// Its main process.
+    pub pid: Option<u32>,
+    /// Milliseconds since the current run was spawned.
+    pub uptime_ms: Option<u64>,
+    /// Restarts, asked for or not.
+    pub restarts: u32,
+    /// Its state.
+    pub status: Status,
+    /// "queued", "draining 3 (12 s left)", "restart in 3 s", "exit code 1": what the status alone does not tell.
+    pub note: Option<String>,
+    /// Percent of one core, the whole tree.
+    pub cpu: Option<f64>,
+    /// Bytes, the whole tree.
+    pub memory: Option<u64>,
+    /// Addresses the app listens on, as far as pm knows them: "http://127.0.0.1:8080" is made from them.
+    pub listen: Vec<String>,
+}
+
+/// The machine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HostView {
+    /// Percent of all cores together.
+    pub cpu: f64,
+    /// Usable cores.
+    pub cores: u32,
+    /// Load averages of 1, 5 and 15 minutes.
+    pub load: [f64; 3],
+    /// Bytes in use (total − available).
+    pub memory_used: u64,
+    /// Bytes in all.
+    pub memory_total: u64,
+}
+
+/// What stands in place of an environment value that is nobody's business.
+pub const MASK: &str = "********";
+
+/// Everything known about an instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InstanceDetail {
+    /// Its row.
+    pub row: Row,
+    /// What it runs.
+    pub spec: AppSpec,
+    /// The revision of that spec.
+    pub revision: u64,
+    /// Standard output goes here.
+    pub out_file: PathBuf,
+    /// Standard error goes here.
+    pub error_file: PathBuf,
+    /// When the slot was created, milliseconds since 1970.
+    pub created_ms: u64,
+    /// When the current run was spawned, milliseconds since 1970.
+    pub started_ms: Option<u64>,
+    /// Milliseconds from spawn to ready.
+    pub ready_after_ms: Option<u64>,
+    /// Exits in a row before `min_uptime`.
+    pub unstable: u32,
+    /// How the last run ended.
+    pub last_exit: Option<String>,
+    /// Proportional set size of the whole tree, bytes.
+    pub pss: Option<u64>,
+    /// Resident set size of all its processes added up, bytes.
+    pub rss: Option<u64>,
+    /// Its processes.
+    pub processes: Vec<ProcessView>,
+    /// Older generations that are still there.
+    pub draining: Vec<DrainingView>,
+    /// The environment, masked unless asked otherwise.
+    pub env: BTreeMap<String, String>,
+    /// Which promise is weaker, and why: "agent = false: …".
+    pub notes: Vec<String>,
+}
+
+/// A process of an instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ProcessView {
+    /// Its pid.
+    pub pid: u32,
+    /// Its command line, shortened.
+    pub command: String,
+    /// Percent of one core.
+    pub cpu: f64,
+    /// Resident, bytes.
+    pub rss: u64,
+    /// Proportional, bytes.
+    pub pss: u64,
+}
+
+/// An older generation that is still there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainingView {
+    /// Its generation.
+    pub generation: Generation,
+    /// Its main process.
+    pub pid: Option<u32>,
+    /// Milliseconds until SIGKILL.
+    pub kill_in_ms: Option<u64>,
+}

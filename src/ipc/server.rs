@@ -1,0 +1,143 @@
+//! The supervisor's end of the socket: connections in, calls to the driver, lines back.
+//!
+//! Never decides anything; a client that is slow, silent, dead or hostile costs its own connection only.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use interprocess::local_socket::tokio::{Listener, Stream};
+use interprocess::local_socket::traits::tokio::Listener as _;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::Semaphore;
+use tokio::time::{interval, timeout};
+
+use super::protocol::{ALIVE_EVERY, Answer, Call, Line, MAX_LINE, Refused, Reply};
+use crate::model::id::OpId;
+use crate::supervisor::handle::SupervisorHandle;
+use crate::sys::peer;
+
+/// Connections served at once; others wait in the kernel's queue.
+const CONNECTIONS_MAX: usize = 256;
+
+/// A client that takes nothing for this long is cut off.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A connection on which nothing is asked for this long is closed.
+const IDLE_PATIENCE: Duration = Duration::from_secs(300);
+
+/// Likewise for one that has never asked: whoever connects has something to ask.
+const FIRST_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Accepts connections for ever.
+pub async fn serve(listener: Listener, handle: SupervisorHandle) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        // The semaphore is never closed.
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok(stream) => {
+                let handle = handle.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = converse(stream, &handle).await {
+                        tracing::debug!(%error, "client connection ended");
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                // EMFILE and its like last a while; spinning on them would cost a core.
+                tracing::warn!(%error, "cannot accept a client");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn converse(stream: Stream, handle: &SupervisorHandle) -> io::Result<()> {
+    let peer = {
+        let Stream::UdSocket(socket) = &stream;
+        peer::uid_of(socket.as_fd())?
+    };
+    if !peer::may_command(peer) {
+        tracing::warn!(uid = peer, "refused a client of another user");
+        return Ok(());
+    }
+    let (read, mut write) = tokio::io::split(stream);
+    let mut lines = BufReader::new(read);
+    let mut patience = FIRST_PATIENCE;
+    loop {
+        let mut text = Vec::new();
+        let limit = MAX_LINE as u64 + 1;
+        let read = timeout(patience, (&mut lines).take(limit).read_until(b'\n', &mut text)).await;
+        let Ok(read) = read else { return Ok(()) };
+        if read? == 0 {
+            return Ok(());
+        }
+        if text.len() > MAX_LINE {
+            let refused = refuse(&format!("the request is longer than {MAX_LINE} bytes"));
+            return send(&mut write, OpId(0), Reply::Refused(refused)).await;
+        }
+        if text.last() != Some(&b'\n') {
+            // The client went away in the middle of a request: nothing is half-done.
+            return Ok(());
+        }
+        match serde_json::from_slice::<Call>(&text) {
+            Ok(call) => {
+                patience = IDLE_PATIENCE;
+                answer(call, handle, &mut write).await?;
+            }
+            Err(error) => {
+                let refused = refuse(&format!("this is not a request: {error}"));
+                send(&mut write, OpId(0), Reply::Refused(refused)).await?;
+            }
+        }
+    }
+}
+
+fn refuse(cause: &str) -> Refused {
+    Refused { code: 2, message: "cannot read the request".into(), cause: Some(cause.into()), hint: None }
+}
+
+async fn answer(
+    call: Call,
+    handle: &SupervisorHandle,
+    write: &mut (impl AsyncWriteExt + Unpin),
+) -> io::Result<()> {
+    let op = call.op;
+    let _under_way = handle.begin();
+    send(write, op, Reply::Alive).await?;
+    let mut replies = handle.submit(call).await;
+    let mut alive = interval(ALIVE_EVERY);
+    alive.tick().await;
+    loop {
+        tokio::select! {
+            biased;
+            reply = replies.recv() => match reply {
+                Some(reply) => {
+                    let last = matches!(reply, Reply::Answer(_) | Reply::Refused(_));
+                    send(write, op, reply).await?;
+                    if last {
+                        return Ok(());
+                    }
+                }
+                // The supervisor ends; the client asks the next one by the operation's id.
+                None => return Err(io::ErrorKind::ConnectionAborted.into()),
+            },
+            _ = alive.tick() => send(write, op, Reply::Alive).await?,
+        }
+    }
+}
+
+async fn send(write: &mut (impl AsyncWriteExt + Unpin), op: OpId, reply: Reply) -> io::Result<()> {
+    // A list of a thousand apps is megabytes: room for it at once, instead of moving it ten times.
+    let raw = if let Reply::Answer(Answer::Raw(raw)) = &reply { raw.get().len() } else { 0 };
+    let mut text = Vec::with_capacity(256 + raw);
+    serde_json::to_writer(&mut text, &Line { op, reply }).map_err(io::Error::other)?;
+    text.push(b'\n');
+    match timeout(WRITE_PATIENCE, write.write_all(&text)).await {
+        Ok(written) => written,
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}

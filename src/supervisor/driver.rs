@@ -1,0 +1,722 @@
+//! The one loop that owns the fleet.
+//!
+//! Whatever happens arrives here as an [`Input`] or a request, becomes an `Event`, and the fleet's answer becomes
+//! effects through [`World`]. Nobody else has the fleet; there are no locks around state.
+//!
+//! ```text
+//! keeper link ─┐
+//! dispatcher   ├─ Input ─┐                       ┌─ World: keeper, dispatcher, logs, trees
+//! trees, logs  ┘         ├─ Event ─ Fleet ─ Action┼─ Saver (a barrier: what follows waits for it)
+//! clients ── Ask ────────┘                       └─ replies to clients
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+
+use super::handle::{Ask, Replies};
+use super::operations::{Known, Operations};
+use super::outcome::{operation_view, step_view};
+use super::publish::{Job, Publisher, Question};
+use super::recovery::OperationMemo;
+use super::saver::{SaveDone, Saver};
+use super::variables::Variables;
+use super::world::World;
+use crate::dispatch::DispatchEvent;
+use crate::ipc::protocol::{
+    Answer, Call, OperationView, Refused, Reply, Request, ScaleTo, Verb as AskedVerb,
+};
+use crate::keeper::link::LinkError;
+use crate::keeper::wire::FromKeeper;
+use crate::logs::naming::is_merged;
+use crate::logs::pump::LogEvent;
+use crate::model::id::{AppName, InstanceId, OpId};
+use crate::model::moment::Moment;
+use crate::model::saved::{SavedApp, SavedOperation};
+use crate::model::spec::AppSpec;
+use crate::model::spelling;
+use crate::model::status::Status;
+use crate::policy::fleet::Fleet;
+use crate::policy::target::{self, NoTarget};
+use crate::policy::vocabulary::{Action, Command, Event, Outcome, SaveId, Selected, Verb};
+use crate::store::state::{Shell, State, StateStore};
+use crate::sys::tree::worker::TreeEvent;
+use crate::sys::{clock, watch};
+
+/// Inputs handled in one turn of the loop before timers and clients get their chance.
+const BATCH: usize = 256;
+
+/// Requests taken in one turn.
+const ASKS_BATCH: usize = 16;
+
+/// Everything that reaches the driver beside requests.
+#[derive(Debug)]
+pub enum Input {
+    /// An instance said "ready" on its notify socket or ready pipe.
+    SaidReady(InstanceId),
+    /// From the dispatcher.
+    Dispatch(DispatchEvent),
+    /// From the tree worker.
+    Tree(TreeEvent),
+    /// From the log pump.
+    Logs(LogEvent),
+    /// From the saver.
+    Saved(SaveDone),
+    /// A while ago the last worker of an app closed this listener.
+    PerhapsUnused {
+        /// Whose.
+        app: AppName,
+        /// Which.
+        key: String,
+    },
+}
+
+/// Why a supervisor cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// Nothing can be supervised without the keeper.
+    #[error("link to the keeper: {0}")]
+    Link(#[from] LinkError),
+    /// The runtime cannot watch the link.
+    #[error("cannot watch the keeper: {0}")]
+    Watch(#[from] io::Error),
+}
+
+/// Where a request that the daemon makes of itself is counted.
+const OWN_OP: OpId = OpId(0);
+
+/// The owner of the fleet.
+#[derive(Debug)]
+pub struct Driver {
+    fleet: Fleet,
+    world: World,
+    saver: Saver,
+    publisher: Publisher,
+    operations: Operations,
+    /// The shell each app was first started from.
+    shells: BTreeMap<AppName, Shell>,
+    /// Actions that wait for a save, oldest first.
+    held: VecDeque<(SaveId, Vec<Action>)>,
+    /// What the fleet decided in this turn of the loop, a list for each event.
+    decided: VecDeque<Vec<Action>>,
+    /// Events that effects raised at once.
+    raised: VecDeque<Event>,
+    /// The list for `resurrect`.
+    dump: StateStore,
+    /// The list that the disk did not take when `kill` began.
+    unwritten_dump: Option<State>,
+    warnings: Vec<String>,
+    /// Operations of an earlier supervisor that end everything.
+    kills: Vec<OpId>,
+    /// `Quit` was reached.
+    quitting: bool,
+}
+
+/// What the driver is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// The fleet, restored.
+    pub fleet: Fleet,
+    /// Effects.
+    pub world: World,
+    /// Writes the state.
+    pub saver: Saver,
+    /// Answers questions.
+    pub publisher: Publisher,
+    /// The shell each app was first started from.
+    pub shells: BTreeMap<AppName, Shell>,
+    /// The list for `resurrect`.
+    pub dump: StateStore,
+    /// What people should know.
+    pub warnings: Vec<String>,
+    /// What clients wait for.
+    pub operations: Operations,
+    /// Operations of an earlier supervisor that end everything.
+    pub kills: Vec<OpId>,
+}
+
+impl Driver {
+    /// A driver that has not turned yet.
+    #[must_use]
+    pub fn new(parts: Parts) -> Self {
+        let Parts { fleet, world, saver, publisher, shells, dump, warnings, operations, kills } = parts;
+        Self {
+            fleet,
+            world,
+            saver,
+            publisher,
+            operations,
+            kills,
+            shells,
+            held: VecDeque::new(),
+            decided: VecDeque::new(),
+            raised: VecDeque::new(),
+            dump,
+            unwritten_dump: None,
+            warnings,
+            quitting: false,
+        }
+    }
+
+    /// Performs what the restored fleet wants, then turns until everything is down after `kill` or SIGTERM.
+    ///
+    /// # Errors
+    /// When the keeper is gone: nothing can be supervised without it.
+    pub async fn run(
+        mut self,
+        first: Vec<Action>,
+        mut inputs: mpsc::UnboundedReceiver<Input>,
+        mut asks: mpsc::Receiver<Ask>,
+        terminate: Option<i32>,
+    ) -> Result<World, DriverError> {
+        let keeper = watch::descriptor(self.world.keeper_fd()?, Interest::READABLE | Interest::WRITABLE)?;
+        self.decided.push_back(first);
+        for op in std::mem::take(&mut self.kills) {
+            self.turn(Event::Asked { op, command: Command::Kill });
+        }
+        if let Some(signal) = terminate {
+            self.terminate(signal);
+        }
+        self.settle();
+        while !self.quitting {
+            let deadline = self.fleet.next_deadline().map(instant_of);
+            tokio::select! {
+                biased;
+                // An exit outranks a grace period that has just run out: a worker that left in time must not be
+                // reported as killed.
+                ready = keeper.readable() => {
+                    let mut ready = ready?;
+                    for _ in 0..BATCH {
+                        match self.world.receive()? {
+                            Some(message) => self.told_by_keeper(message),
+                            None => { ready.clear_ready(); break; }
+                        }
+                    }
+                }
+                // What had no room goes out when there is some.
+                ready = keeper.writable(), if self.world.wants_room() => ready?.clear_ready(),
+                Some(input) = inputs.recv() => {
+                    self.happened(input);
+                    for _ in 0..BATCH {
+                        let Ok(input) = inputs.try_recv() else { break };
+                        self.happened(input);
+                    }
+                }
+                () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => {
+                    self.turn(Event::DeadlineReached);
+                }
+                Some(ask) = asks.recv() => self.asked(ask),
+            }
+            // Apps that talk without end do not keep clients waiting.
+            for _ in 0..ASKS_BATCH {
+                let Ok(ask) = asks.try_recv() else { break };
+                self.asked(ask);
+            }
+            self.settle();
+            self.world.flush()?;
+        }
+        Ok(self.world)
+    }
+
+    /// Ends a turn of the loop: the blob, then what is to be done, then the events that this raised. In this order,
+    /// because a supervisor that dies in between must not have done to a process what the next one cannot know of.
+    fn settle(&mut self) {
+        loop {
+            while let Some(event) = self.raised.pop_front() {
+                self.turn(event);
+            }
+            if self.decided.is_empty() {
+                break;
+            }
+            self.world.record(clock::now(), &self.fleet, &self.operations);
+            while let Some(actions) = self.decided.pop_front() {
+                self.perform(actions);
+            }
+        }
+        let now = clock::now();
+        self.operations.end_inherited(now, &self.fleet);
+        self.world.record(now, &self.fleet, &self.operations);
+    }
+
+    /// Lets the fleet decide; what it decides is done when the loop's turn ends.
+    fn turn(&mut self, event: Event) {
+        let actions = self.fleet.handle(clock::now(), event);
+        if !actions.is_empty() {
+            self.decided.push_back(actions);
+        }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        let mut actions = actions.into_iter();
+        while let Some(action) = actions.next() {
+            match action {
+                Action::Save { save, state } => {
+                    let shells = self.shells_of(&state);
+                    self.saver.save(save, State { fleet: state, shells });
+                    self.held.push_back((save, actions.collect()));
+                    return;
+                }
+                Action::Progress { op, step } => {
+                    let step = step_view(step);
+                    self.operations.tell(op, || Reply::Progress(step.clone()));
+                }
+                Action::Reply { op, outcome } => self.end(op, outcome),
+                Action::Quit => {
+                    if let Some(state) = self.unwritten_dump.take() {
+                        // The client knows already that it may be lost.
+                        let _ = self
+                            .dump
+                            .save(&state)
+                            .inspect_err(|error| tracing::error!(%error, "list not saved"));
+                    }
+                    self.quitting = true;
+                }
+                action => {
+                    let now = clock::now();
+                    self.raised.extend(self.world.perform(now, action, &self.shells));
+                }
+            }
+        }
+    }
+
+    fn shells_of(&self, state: &crate::model::saved::SavedFleet) -> BTreeMap<AppName, Shell> {
+        state
+            .apps
+            .iter()
+            .filter_map(|app| Some((app.spec.name.clone(), self.shells.get(&app.spec.name)?.clone())))
+            .collect()
+    }
+
+    fn saved(&mut self, done: SaveDone) {
+        while self.held.front().is_some_and(|(save, _)| *save <= done.save) {
+            let Some((save, actions)) = self.held.pop_front() else { return };
+            match &done.result {
+                Ok(()) => {
+                    self.decided.push_back(actions);
+                    self.raised.push_back(Event::Saved { save });
+                }
+                Err(error) => {
+                    tracing::error!(%error, "state not saved");
+                    self.raised.push_back(Event::SaveFailed { save, error: error.clone() });
+                }
+            }
+        }
+    }
+
+    fn end(&mut self, op: OpId, outcome: Outcome) {
+        if op == OWN_OP {
+            return;
+        }
+        let ended = operation_view(outcome, &self.world);
+        self.operations.end(clock::now(), op, ended);
+    }
+
+    fn told_by_keeper(&mut self, message: FromKeeper) {
+        if let FromKeeper::Terminate { signal } = message {
+            return self.terminate(signal);
+        }
+        if let Some(event) = self.world.told(message) {
+            self.turn(event);
+        }
+    }
+
+    fn terminate(&mut self, signal: i32) {
+        tracing::info!(signal, "asked to end");
+        self.turn(Event::Asked { op: OWN_OP, command: Command::Terminate });
+    }
+
+    fn happened(&mut self, input: Input) {
+        let event = match input {
+            Input::SaidReady(id) => Some(Event::Ready { id }),
+            Input::Dispatch(event) => {
+                if let DispatchEvent::ListenerClosed { id, key, left: 0, .. } = &event {
+                    self.world.look_later(id.app.clone(), key.clone());
+                }
+                self.world.dispatched(event)
+            }
+            Input::PerhapsUnused { app, key } => {
+                if self.runs_undisturbed(&app) {
+                    self.world.close_if_unused(&app, &key);
+                }
+                None
+            }
+            Input::Tree(event) => self.world.tree(event),
+            Input::Logs(event) => self.world.logged(event),
+            Input::Saved(done) => {
+                self.saved(done);
+                None
+            }
+        };
+        if let Some(event) = event {
+            self.turn(event);
+        }
+    }
+
+    /// Whether an app's workers close listeners because the app wants it, and not because they are going down: then
+    /// their ports stay open for those that follow.
+    fn runs_undisturbed(&self, app: &AppName) -> bool {
+        self.fleet.app(app).is_some_and(|view| {
+            view.operation.is_none()
+                && view.slots.iter().all(|slot| slot.status == Status::Online && slot.draining.is_empty())
+        })
+    }
+
+    fn asked(&mut self, ask: Ask) {
+        let Ask { call: Call { op, request, .. }, replies } = ask;
+        if let Err(refused) = self.answer(op, request, &replies) {
+            let _ = replies.send(Reply::Refused(refused));
+        }
+    }
+
+    fn answer(&mut self, op: OpId, request: Request, replies: &Replies) -> Result<(), Refused> {
+        match request {
+            Request::Ping => {
+                let _ = replies.send(Reply::Answer(Answer::Pong {
+                    version: env!("CARGO_PKG_VERSION").to_owned(),
+                    daemon_pid: self.world.keeper_pid(),
+                    supervisor_pid: std::process::id(),
+                }));
+            }
+            Request::List { targets } => self.publish(Question::List, &targets, replies)?,
+            Request::Describe { targets, show_env } => {
+                self.publish(Question::Describe(show_env.into()), &targets, replies)?;
+            }
+            Request::Jlist { targets, show_env } => {
+                self.publish(Question::Jlist(show_env.into()), &targets, replies)?;
+            }
+            Request::Env { target } => {
+                let slots = self.slots(&[target])?;
+                let env = slots.first().map(|slot| pairs(&slot.env)).unwrap_or_default();
+                let _ = replies.send(Reply::Answer(Answer::Env(env)));
+            }
+            Request::LimitStarts { at_once } => {
+                self.fleet.limit_starts(at_once);
+                let done = OperationView { ok: true, apps: Vec::new() };
+                let _ = replies.send(Reply::Answer(Answer::Operation(done)));
+            }
+            Request::Start { specs, shell } => self.start(op, specs, shell, replies)?,
+            Request::Act { verb, targets, specs, shell, update_env } => {
+                let specs = settled(specs);
+                self.check_addresses(&specs)?;
+                let mut selection = self.select(&targets)?;
+                let asked_by_file = targets.is_empty() && !specs.is_empty();
+                if asked_by_file {
+                    selection = specs.iter().map(|spec| whole(&spec.name)).collect();
+                }
+                if let Some(shell) = shell {
+                    let shell = Arc::new(shell);
+                    for Selected { app, .. } in &selection {
+                        if update_env || !self.shells.contains_key(app) {
+                            self.shells.insert(app.clone(), shell.clone());
+                        }
+                    }
+                }
+                self.announce_downtime(verb, &selection, &specs, replies);
+                self.command(op, Command::Act { verb: verb_of(verb), selection, specs }, replies);
+            }
+            Request::Scale { target, to } => self.scale(op, &target, to, replies)?,
+            Request::Reset { targets } => {
+                let selection = self.select(&targets)?;
+                self.command(op, Command::Reset { selection }, replies);
+            }
+            Request::Save => {
+                let saved = self.write_dump()?;
+                let _ = replies.send(Reply::Answer(saved));
+            }
+            Request::Resurrect => {
+                let loaded =
+                    self.dump.load().map_err(|error| failed("cannot read the saved list", &error))?;
+                for (app, shell) in loaded.state.shells {
+                    self.shells.entry(app).or_insert(shell);
+                }
+                self.command(op, Command::Resurrect { saved: loaded.state.fleet }, replies);
+            }
+            Request::Kill => {
+                // Nothing that is wrong with the disk keeps the daemon from ending.
+                if let Err(Refused { message, cause, .. }) = self.write_dump_before_kill() {
+                    let cause = cause.unwrap_or_default();
+                    let _ = replies.send(Reply::Notice(format!(
+                        "`pm resurrect` will not know this list: {message}: {cause}"
+                    )));
+                }
+                self.command(op, Command::Kill, replies);
+            }
+            Request::Outcome { op: asked } => match self.operations.join(asked, replies) {
+                Known::Joined => {}
+                Known::NeverBegun => {
+                    let _ = replies.send(Reply::Answer(Answer::NeverBegun));
+                }
+                Known::Lost => {
+                    return Err(Refused {
+                            code: 1,
+                            message: "the outcome of this operation is not known".into(),
+                            cause: Some(
+                                "the supervisor was started again in the middle of it, without what it remembered; \
+                                 what was begun is finished or undone"
+                                    .into(),
+                            ),
+                            hint: Some("`pm list` shows what is true now.".into()),
+                        });
+                }
+            },
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, op: OpId, command: Command, replies: &Replies) {
+        let memo = OperationMemo::of(op, &command, &self.fleet);
+        if memo.is_some() {
+            // Noted before the fleet hears of it: what is not noted has never begun.
+            self.operations.begin(op, memo, replies.clone());
+            self.world.record(clock::now(), &self.fleet, &self.operations);
+        } else {
+            self.operations.begin(op, None, replies.clone());
+        }
+        self.turn(Event::Asked { op, command });
+    }
+
+    fn start(
+        &mut self,
+        op: OpId,
+        specs: Vec<AppSpec>,
+        shell: BTreeMap<String, String>,
+        replies: &Replies,
+    ) -> Result<(), Refused> {
+        let specs = settled(specs);
+        self.check_addresses(&specs)?;
+        let shell = Arc::new(shell);
+        for spec in &specs {
+            if self.fleet.app(&spec.name).is_none() {
+                self.shells.insert(spec.name.clone(), shell.clone());
+            }
+        }
+        let selection: Vec<Selected> = specs.iter().map(|spec| whole(&spec.name)).collect();
+        // A start of something that runs with another spec is a reload.
+        let changed: Vec<Selected> = selection
+            .into_iter()
+            .filter(|selected| {
+                self.fleet.app(&selected.app).is_some_and(|app| {
+                    specs.iter().any(|spec| spec.name == selected.app && *spec != app.spec)
+                })
+            })
+            .collect();
+        self.announce_downtime(AskedVerb::Reload, &changed, &specs, replies);
+        self.command(op, Command::Start { specs }, replies);
+        Ok(())
+    }
+
+    fn scale(&mut self, op: OpId, target: &str, to: ScaleTo, replies: &Replies) -> Result<(), Refused> {
+        let selection = self.select(&[target.to_owned()])?;
+        let [selected] = selection.as_slice() else {
+            return Err(usage("scale takes one app", Some("Name one of them.")));
+        };
+        let app = selected.app.clone();
+        let now = self.fleet.app(&app).map_or(0, |view| view.spec.instances);
+        let instances = match to {
+            ScaleTo::To(number) => number,
+            ScaleTo::Up(more) => now.saturating_add(more),
+            ScaleTo::Down(fewer) => now.saturating_sub(fewer),
+        };
+        if instances == 0 {
+            return Err(usage(
+                "an app has at least 1 instance",
+                Some("`pm stop` keeps the app and ends its instances."),
+            ));
+        }
+        self.command(op, Command::Scale { app, instances }, replies);
+        Ok(())
+    }
+
+    /// An empty list would overwrite what the last `kill` saved.
+    fn write_dump_before_kill(&mut self) -> Result<(), Refused> {
+        if self.fleet.saved().apps.iter().all(is_condemned) {
+            return Ok(());
+        }
+        self.write_dump().map(drop).inspect_err(|_| {
+            // What is stopped leaves room on a full disk.
+            self.unwritten_dump = Some(self.listed());
+        })
+    }
+
+    /// The list as `save` writes it. What is on its way out is no part of it; above all when `kill` is asked again by a
+    /// client whose supervisor died in the middle of it.
+    fn listed(&self) -> State {
+        let mut fleet = self.fleet.saved();
+        fleet.apps.retain(|app| !is_condemned(app));
+        let shells = self.shells_of(&fleet);
+        State { fleet, shells }
+    }
+
+    fn write_dump(&mut self) -> Result<Answer, Refused> {
+        let state = self.listed();
+        let apps = u32::try_from(state.fleet.apps.len()).unwrap_or(u32::MAX);
+        self.dump.save(&state).map_err(|error| failed("cannot save the list", &error))?;
+        Ok(Answer::Saved { path: self.world.dump_path(), apps })
+    }
+
+    /// Two apps with one address would take each other's connections.
+    fn check_addresses(&self, specs: &[Arc<AppSpec>]) -> Result<(), Refused> {
+        let running = self.fleet.view();
+        for spec in specs {
+            let others = running
+                .iter()
+                .map(|app| &app.spec)
+                .filter(|other| !specs.iter().any(|spec| spec.name == other.name))
+                .chain(specs)
+                .filter(|other| other.name != spec.name);
+            for other in others {
+                let shared = spec.listen.iter().find(|a| other.listen.iter().any(|b| a.address == b.address));
+                if let Some(listener) = shared {
+                    return Err(usage(
+                        &format!("`{}` and `{}` both listen on {}", other.name, spec.name, listener.address),
+                        Some("Give one of them another address, or delete it first."),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn announce_downtime(
+        &self,
+        verb: AskedVerb,
+        selection: &[Selected],
+        specs: &[Arc<AppSpec>],
+        replies: &Replies,
+    ) {
+        if verb != AskedVerb::Reload {
+            return;
+        }
+        for Selected { app, .. } in selection {
+            let Some(view) = self.fleet.app(app) else { continue };
+            let spec = specs.iter().find(|spec| spec.name == *app).unwrap_or(&view.spec);
+            let runs = view.slots.iter().any(|slot| slot.current.is_some());
+            if runs && !spec.can_overlap() {
+                let _ = replies.send(Reply::Notice(format!(
+                    "`{app}` is restarted in place, with downtime: two of it cannot run side by side. Set `listen` and \
+                     take the socket from LISTEN_FDS, or use cluster mode, to reload without it."
+                )));
+            }
+        }
+    }
+
+    fn known(&self) -> Vec<target::Known> {
+        self.fleet
+            .view()
+            .iter()
+            .map(|app| target::Known {
+                name: app.spec.name.clone(),
+                namespace: app.spec.namespace.clone(),
+                pm_ids: app.slots.iter().map(|slot| slot.pm_id).collect(),
+            })
+            .collect()
+    }
+
+    fn select(&self, targets: &[String]) -> Result<Vec<Selected>, Refused> {
+        target::resolve_all(targets, &self.known()).map_err(|error| match error {
+            NoTarget::Unknown(_) | NoTarget::NoMatch(_) => Refused {
+                code: 3,
+                message: error.to_string(),
+                cause: None,
+                hint: Some(self.hint_for(&error)),
+            },
+            NoTarget::Pattern { .. } => usage(&error.to_string(), None),
+        })
+    }
+
+    fn hint_for(&self, error: &NoTarget) -> String {
+        let known = self.known();
+        let names = known.iter().map(|app| app.name.as_str());
+        let meant = match error {
+            NoTarget::Unknown(target) => spelling::closest(target, names),
+            NoTarget::NoMatch(_) | NoTarget::Pattern { .. } => None,
+        };
+        match meant {
+            Some(name) => format!("Did you mean `{name}`? `pm list` shows what there is."),
+            None => "`pm list` shows what there is.".to_owned(),
+        }
+    }
+
+    fn slots(&self, targets: &[String]) -> Result<Vec<super::publish::SlotInfo>, Refused> {
+        let selection = if targets.is_empty() { None } else { Some(self.select(targets)?) };
+        let wanted = |app: &AppName, slot| match &selection {
+            None => true,
+            Some(selection) => selection.iter().any(|chosen| {
+                chosen.app == *app && chosen.slots.as_ref().is_none_or(|slots| slots.contains(&slot))
+            }),
+        };
+        let now = clock::now();
+        let mut infos = Vec::new();
+        for app in self.fleet.view() {
+            for slot in &app.slots {
+                if wanted(&app.spec.name, slot.slot) {
+                    infos.push(self.world.slot_info(now, &app, slot.clone()));
+                }
+            }
+        }
+        Ok(infos)
+    }
+
+    fn publish(&self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
+        let slots = self.slots(targets)?;
+        let mut warnings = self.warnings.clone();
+        warnings.extend(self.world.warnings());
+        self.publisher.ask(Job { question, slots, warnings, now: clock::now(), replies: replies.clone() });
+        Ok(())
+    }
+}
+
+/// Whether log files are merged is decided once: a later `scale` must not rename them.
+fn settled(specs: Vec<AppSpec>) -> Vec<Arc<AppSpec>> {
+    specs
+        .into_iter()
+        .map(|mut spec| {
+            spec.logs.merge = Some(is_merged(&spec));
+            Arc::new(spec)
+        })
+        .collect()
+}
+
+fn is_condemned(app: &SavedApp) -> bool {
+    app.operation == Some(SavedOperation::Delete)
+}
+
+fn whole(app: &AppName) -> Selected {
+    Selected { app: app.clone(), slots: None }
+}
+
+fn pairs(variables: &Variables) -> BTreeMap<String, String> {
+    variables.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+const fn verb_of(verb: AskedVerb) -> Verb {
+    match verb {
+        AskedVerb::Start => Verb::Start,
+        AskedVerb::Stop => Verb::Stop,
+        AskedVerb::Restart => Verb::Restart,
+        AskedVerb::Reload => Verb::Reload,
+        AskedVerb::Delete => Verb::Delete,
+    }
+}
+
+fn usage(message: &str, hint: Option<&str>) -> Refused {
+    Refused { code: 2, message: message.to_owned(), cause: None, hint: hint.map(str::to_owned) }
+}
+
+fn failed(message: &str, error: &dyn std::error::Error) -> Refused {
+    Refused { code: 1, message: message.to_owned(), cause: Some(error.to_string()), hint: None }
+}
+
+/// The runtime's clock and ours are both CLOCK_MONOTONIC.
+fn instant_of(moment: Moment) -> Instant {
+    Instant::now() + moment.since(clock::now())
+}
+
+fn far_future() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
+}

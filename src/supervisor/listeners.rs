@@ -1,0 +1,247 @@
+//! Listening sockets that instances inherit: opened before the first of them, held by the keeper, closed when the app
+//! is down. Their queues belong to the sockets, so connections survive any instance.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Ipv6Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use super::fnv;
+use crate::keeper::wire::NAME_MAX;
+use crate::model::id::AppName;
+use crate::model::spec::{AppSpec, ListenAddress, ListenSpec};
+use crate::sys::holder;
+use crate::sys::listen::{self, Stack};
+
+/// Stands for a text that is too long for the keeper's names.
+fn digest(text: &str) -> u64 {
+    fnv::hash(text.as_bytes())
+}
+
+/// The inherited listeners of all apps.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    open: BTreeMap<(AppName, ListenAddress), OwnedFd>,
+}
+
+/// A socket that was opened just now, to be given to the keeper.
+#[derive(Debug)]
+pub struct Opened {
+    /// The keeper's name for it.
+    pub name: String,
+    /// The socket.
+    pub socket: OwnedFd,
+}
+
+/// Why a socket cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Somebody else listens there.
+    #[error("{address} is in use{by}")]
+    InUse {
+        /// Where.
+        address: String,
+        /// " by node (pid 123)", as far as it can be seen.
+        by: String,
+    },
+    /// Anything else.
+    #[error("cannot listen on {address}: {source}")]
+    Other {
+        /// Where.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+impl Listeners {
+    /// What the keeper's names of inherited listeners begin with.
+    pub const PREFIX: &'static str = "listen:";
+
+    /// What the keeper's names of listeners that workers asked for begin with.
+    pub const KEY_PREFIX: &'static str = "key:";
+
+    /// What the keeper's names of listeners that workers of this app asked for begin with.
+    #[must_use]
+    pub fn key_prefix(app: &AppName) -> String {
+        format!("{}{:016x}:", Self::KEY_PREFIX, digest(app.as_str()))
+    }
+
+    /// The keeper's name of a listener that a worker asked for.
+    #[must_use]
+    pub fn key_name(app: &AppName, key: &str) -> String {
+        let prefix = Self::key_prefix(app);
+        // A key is an address and its kind; only an exotic one is too long to stand there itself.
+        if prefix.len() + key.len() <= NAME_MAX {
+            prefix + key
+        } else {
+            format!("{prefix}{:016x}", digest(key))
+        }
+    }
+
+    /// App and key in such a name, for one of these apps.
+    #[must_use]
+    pub fn app_and_key(name: &str, apps: impl IntoIterator<Item = AppName>) -> Option<(AppName, &str)> {
+        apps.into_iter().find_map(|app| {
+            let key = name.strip_prefix(Self::key_prefix(&app).as_str())?;
+            Some((app, key))
+        })
+    }
+
+    fn name(app: &AppName, address: &ListenAddress) -> String {
+        format!("{}{:016x}:{:016x}", Self::PREFIX, digest(app.as_str()), digest(&address.to_string()))
+    }
+
+    /// Takes over sockets that the keeper held; what belongs to no listener of these specs stays in `held`.
+    pub fn adopt<'a>(
+        &mut self,
+        specs: impl IntoIterator<Item = &'a AppSpec>,
+        held: &mut BTreeMap<String, OwnedFd>,
+    ) {
+        for spec in specs {
+            for listener in &spec.listen {
+                if let Some(socket) = held.remove(&Self::name(&spec.name, &listener.address)) {
+                    self.open.insert((spec.name.clone(), listener.address.clone()), socket);
+                }
+            }
+        }
+    }
+
+    /// Opens those listeners of the spec that are not open yet. All or none.
+    ///
+    /// # Errors
+    /// [`OpenError`] names who holds the address.
+    pub fn open(&mut self, spec: &AppSpec) -> Result<Vec<Opened>, OpenError> {
+        let mut fresh = Vec::new();
+        for listener in &spec.listen {
+            let key = (spec.name.clone(), listener.address.clone());
+            if !self.open.contains_key(&key) {
+                fresh.push((key, bind(listener)?));
+            }
+        }
+        let mut opened = Vec::new();
+        for (key, socket) in fresh {
+            let name = Self::name(&key.0, &key.1);
+            let copy = socket.as_fd().try_clone_to_owned();
+            let copy = copy.map_err(|source| OpenError::Other { address: key.1.to_string(), source })?;
+            opened.push(Opened { name, socket: copy });
+            self.open.insert(key, socket);
+        }
+        Ok(opened)
+    }
+
+    /// Copies of the spec's listeners in order.
+    ///
+    /// # Errors
+    /// EMFILE; a listener that is not open is a bug and an error too.
+    pub fn copies(&self, spec: &AppSpec) -> io::Result<Vec<OwnedFd>> {
+        spec.listen
+            .iter()
+            .map(|listener| {
+                let key = (spec.name.clone(), listener.address.clone());
+                let socket = self.open.get(&key).ok_or(io::ErrorKind::NotConnected)?;
+                socket.as_fd().try_clone_to_owned()
+            })
+            .collect()
+    }
+
+    /// Closes those of the app that are not in `keep`; returns the keeper's names of what it has to close too.
+    pub fn close(&mut self, app: &AppName, keep: Option<&AppSpec>) -> Vec<String> {
+        let stays = |address: &ListenAddress| {
+            keep.is_some_and(|spec| spec.listen.iter().any(|listener| listener.address == *address))
+        };
+        let gone: Vec<ListenAddress> = self
+            .open
+            .keys()
+            .filter(|(owner, address)| owner == app && !stays(address))
+            .map(|(_, address)| address.clone())
+            .collect();
+        gone.into_iter()
+            .map(|address| {
+                let name = Self::name(app, &address);
+                if let ListenAddress::Unix(path) = &address {
+                    // A path that is left over would refuse the next bind; somebody may have removed it already.
+                    let _ = std::fs::remove_file(path);
+                }
+                self.open.remove(&(app.clone(), address));
+                name
+            })
+            .collect()
+    }
+}
+
+impl Listeners {
+    /// Why nobody can listen on an address that a worker asked for, with who holds it as far as that can be seen.
+    #[must_use]
+    pub fn why_not(address: &str, error: &io::Error) -> String {
+        let holder =
+            if error.kind() == io::ErrorKind::AddrInUse { holder_of(address) } else { String::new() };
+        if holder.is_empty() {
+            format!("cannot listen on {address}: {error}")
+        } else {
+            format!("{address} is in use{holder}")
+        }
+    }
+}
+
+/// Who holds an address as it is shown to people: `127.0.0.1:80`, `*:80`, a path.
+fn holder_of(address: &str) -> String {
+    if address.starts_with('/') {
+        return by_whom(&ListenAddress::Unix(address.into()));
+    }
+    let any = address.strip_prefix('*').map(|port| format!("[::]{port}"));
+    any.as_deref()
+        .unwrap_or(address)
+        .parse()
+        .map_or_else(|_| String::new(), |at| by_whom(&ListenAddress::Tcp(at)))
+}
+
+fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
+    let address = listener.address.to_string();
+    let bound = match &listener.address {
+        ListenAddress::Tcp(at) if at.ip() == Ipv6Addr::UNSPECIFIED => {
+            // A host without IPv6 still has all of its IPv4 addresses.
+            listen::tcp_any(at.port(), listener.backlog)
+        }
+        ListenAddress::Tcp(at) => listen::tcp(*at, Stack::V6Only, listener.backlog),
+        ListenAddress::Unix(path) => bind_unix(path, listener.backlog),
+    };
+    let socket = bound.map_err(|source| {
+        if source.kind() == io::ErrorKind::AddrInUse {
+            OpenError::InUse { by: by_whom(&listener.address), address: address.clone() }
+        } else {
+            OpenError::Other { address: address.clone(), source }
+        }
+    })?;
+    let blocking = if listener.blocking { listen::set_blocking } else { listen::set_nonblocking };
+    blocking(socket.as_fd()).map_err(|source| OpenError::Other { address, source })?;
+    Ok(socket)
+}
+
+/// A socket file that nobody listens on is a left-over of a crash; one that somebody listens on is theirs.
+fn bind_unix(path: &Path, backlog: u32) -> io::Result<OwnedFd> {
+    match listen::unix(path, 0, backlog) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_over(path) => {
+            std::fs::remove_file(path)?;
+            listen::unix(path, 0, backlog)
+        }
+        other => other,
+    }
+}
+
+fn is_left_over(path: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+fn by_whom(address: &ListenAddress) -> String {
+    let holders = match address {
+        ListenAddress::Tcp(at) => holder::of_tcp(*at),
+        ListenAddress::Unix(path) => holder::of_unix(&PathBuf::from(path)),
+    };
+    match holders.unwrap_or_default().first() {
+        Some(holder) => format!(" by {} (pid {})", holder.command, holder.pid),
+        None => String::new(),
+    }
+}

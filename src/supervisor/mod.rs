@@ -1,0 +1,24 @@
+//! The only owner of a `Fleet`: turns what happens into events, and actions into effects.
+//!
+//! May die at any instant: the keeper starts the next one, which takes over from the inventory, the blob and
+//! state.json. Nothing here is needed for an app to go on serving.
+
+pub mod blob;
+pub mod blob_memory;
+mod details;
+pub mod driver;
+mod fnv;
+pub mod handle;
+pub mod jlist;
+pub mod launch;
+pub mod listeners;
+pub mod operations;
+pub mod outcome;
+pub mod publish;
+pub mod ready;
+pub mod recovery;
+pub mod run;
+pub mod saver;
+pub mod tag;
+pub mod variables;
+pub mod world;

@@ -1,0 +1,246 @@
+//! Who waits for which operation, and how the last ones ended.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::handle::Replies;
+use super::recovery::{Aim, OperationMemo};
+use crate::ipc::protocol::{Answer, OperationView, Refused, Reply};
+use crate::model::id::OpId;
+use crate::model::moment::Moment;
+use crate::model::saved::SavedFleet;
+use crate::policy::fleet::Fleet;
+
+/// Outcomes that are kept for clients that lost their connection.
+const REMEMBERED: usize = 256;
+
+/// The same, counted in apps: outcomes of `restart all` are as long as the list. The newest is kept in any case.
+const REMEMBERED_APPS: usize = 256;
+
+/// How long an outcome is kept for the next supervisor: longer than a client asks for it.
+const ASKED_WITHIN: Duration = Duration::from_secs(15);
+
+/// How an operation ended.
+pub type Ended = Result<OperationView, Refused>;
+
+/// Operations under way and those that ended lately.
+#[derive(Debug, Default)]
+pub struct Operations {
+    under_way: BTreeMap<OpId, UnderWay>,
+    ended: VecDeque<(OpId, Moment, Ended)>,
+    /// Everything that an earlier supervisor was asked is known, so that what is not was never begun.
+    complete: bool,
+    changes: u64,
+}
+
+#[derive(Debug, Default)]
+struct UnderWay {
+    clients: Vec<Replies>,
+    memo: Option<OperationMemo>,
+    /// An earlier supervisor was asked: the fleet finishes or undoes it, but does not reply.
+    inherited: bool,
+}
+
+/// What the next supervisor has to know of operations.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationsMemo {
+    under_way: Vec<OperationMemo>,
+    /// With the outcome as JSON: the protocol's types are made for that.
+    ended: Vec<(OpId, Moment, Vec<u8>)>,
+}
+
+/// What is known of an operation that a client asks about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// The client has its outcome, or will get it.
+    Joined,
+    /// Nobody has begun it.
+    NeverBegun,
+    /// What was known is lost.
+    Lost,
+}
+
+impl Operations {
+    /// Takes over what an earlier supervisor was asked; `None` when that is lost, or there was none. Returns the
+    /// operations that have to be asked for again.
+    pub fn adopt(&mut self, memo: Option<OperationsMemo>, saved: &SavedFleet) -> Vec<OpId> {
+        let Some(OperationsMemo { under_way, ended }) = memo else { return Vec::new() };
+        self.complete = true;
+        let outcome = |(op, at, text): (OpId, Moment, Vec<u8>)| {
+            Some((op, at, serde_json::from_slice::<Ended>(&text).ok()?))
+        };
+        self.ended.extend(ended.into_iter().filter_map(outcome));
+        let mut again = Vec::new();
+        for memo in under_way.into_iter().filter(|memo| memo.has_begun(saved)) {
+            if memo.aim == Aim::Kill {
+                again.push(memo.op);
+            }
+            let operation =
+                UnderWay { clients: Vec::new(), inherited: memo.aim != Aim::Kill, memo: Some(memo) };
+            if let Some(memo) = &operation.memo {
+                self.under_way.insert(memo.op, operation);
+            }
+        }
+        again
+    }
+
+    /// For the next supervisor.
+    #[must_use]
+    pub fn memo(&self, now: Moment) -> OperationsMemo {
+        OperationsMemo {
+            under_way: self.under_way.values().filter_map(|operation| operation.memo.clone()).collect(),
+            ended: self
+                .ended
+                .iter()
+                .filter(|(_, at, _)| now.since(*at) < ASKED_WITHIN)
+                .map(|(op, at, ended)| (*op, *at, serde_json::to_vec(ended).unwrap_or_default()))
+                .collect(),
+        }
+    }
+
+    /// Counts what changes the memo.
+    #[must_use]
+    pub const fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// An operation begins; its steps and its outcome go to `client`.
+    pub fn begin(&mut self, op: OpId, memo: Option<OperationMemo>, client: Replies) {
+        let operation = self.under_way.entry(op).or_default();
+        operation.clients.push(client);
+        if memo.is_some() {
+            operation.memo = memo;
+            self.changes += 1;
+        }
+    }
+
+    /// Another client waits for the same operation, or gets its outcome at once.
+    pub fn join(&mut self, op: OpId, client: &Replies) -> Known {
+        if let Some(operation) = self.under_way.get_mut(&op) {
+            operation.clients.push(client.clone());
+            return Known::Joined;
+        }
+        match self.ended.iter().find(|(known, ..)| *known == op) {
+            Some((.., ended)) => {
+                let _ = client.send(reply(ended.clone()));
+                Known::Joined
+            }
+            None if self.complete => Known::NeverBegun,
+            None => Known::Lost,
+        }
+    }
+
+    /// Ends operations of an earlier supervisor whose apps have come to rest.
+    pub fn end_inherited(&mut self, now: Moment, fleet: &Fleet) {
+        if !self.under_way.values().any(|operation| operation.inherited) {
+            return;
+        }
+        let saved = fleet.saved();
+        let ended: Vec<(OpId, OperationView)> = self
+            .under_way
+            .iter()
+            .filter(|(_, operation)| operation.inherited)
+            .filter_map(|(op, operation)| Some((*op, operation.memo.as_ref()?.ended(fleet, &saved)?)))
+            .collect();
+        for (op, view) in ended {
+            self.end(now, op, Ok(view));
+        }
+    }
+
+    /// Says something to everybody who waits. A client that has gone is no reason to stop.
+    pub fn tell(&self, op: OpId, say: impl Fn() -> Reply) {
+        for client in self.under_way.get(&op).into_iter().flat_map(|operation| &operation.clients) {
+            let _ = client.send(say());
+        }
+    }
+
+    /// The operation has ended.
+    pub fn end(&mut self, now: Moment, op: OpId, ended: Ended) {
+        let operation = self.under_way.remove(&op).unwrap_or_default();
+        for client in operation.clients {
+            let _ = client.send(reply(ended.clone()));
+        }
+        self.ended.push_back((op, now, ended));
+        let mut apps: usize = self.ended.iter().map(|(_, _, ended)| size(ended)).sum();
+        while self.ended.len() > 1 && (self.ended.len() > REMEMBERED || apps > REMEMBERED_APPS) {
+            apps -= self.ended.pop_front().map_or(0, |(_, _, ended)| size(&ended));
+        }
+        self.changes += 1;
+    }
+}
+
+fn size(ended: &Ended) -> usize {
+    ended.as_ref().map_or(0, |view| view.apps.len())
+}
+
+fn reply(ended: Ended) -> Reply {
+    match ended {
+        Ok(view) => Reply::Answer(Answer::Operation(view)),
+        Err(refused) => Reply::Refused(refused),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+    use crate::model::id::AppName;
+    use crate::supervisor::recovery::AppAim;
+
+    const OP: OpId = OpId(7);
+
+    fn at(seconds: u64) -> Moment {
+        Moment::default() + Duration::from_secs(seconds)
+    }
+
+    fn next_after(operations: &Operations, now: Moment) -> Operations {
+        let mut next = Operations::default();
+        assert_eq!(next.adopt(Some(operations.memo(now)), &SavedFleet::default()), []);
+        next
+    }
+
+    #[test]
+    fn what_nobody_noted_was_never_begun_unless_the_notes_are_lost() {
+        let (client, _) = unbounded_channel();
+        assert_eq!(Operations::default().join(OP, &client), Known::Lost);
+        let mut next = next_after(&Operations::default(), at(1));
+        assert_eq!(next.join(OP, &client), Known::NeverBegun);
+    }
+
+    #[test]
+    fn an_outcome_that_did_not_reach_its_client_is_told_by_the_next_supervisor_for_a_while() {
+        let mut operations = Operations::default();
+        let before = operations.changes();
+        operations.end(at(1), OP, Ok(OperationView { ok: false, apps: Vec::new() }));
+        assert_ne!(operations.changes(), before);
+        let (client, mut replies) = unbounded_channel();
+        assert_eq!(next_after(&operations, at(5)).join(OP, &client), Known::Joined);
+        let reply = replies.try_recv().unwrap();
+        assert!(
+            matches!(reply, Reply::Answer(Answer::Operation(OperationView { ok: false, .. }))),
+            "{reply:?}"
+        );
+        assert_eq!(next_after(&operations, at(60)).join(OP, &client), Known::NeverBegun);
+    }
+
+    #[test]
+    fn what_was_noted_but_not_saved_may_be_asked_for_again_and_kill_always_is() {
+        let (client, _) = unbounded_channel();
+        let mut operations = Operations::default();
+        let delete = AppAim::deletion_of(AppName::new("api").unwrap());
+        let start = AppAim::start_of(AppName::new("api").unwrap());
+        for (op, aim) in
+            [(OP, Aim::Apps(vec![start])), (OpId(8), Aim::Apps(vec![delete])), (OpId(9), Aim::Kill)]
+        {
+            operations.begin(op, Some(OperationMemo { op, aim }), client.clone());
+        }
+        let mut next = Operations::default();
+        assert_eq!(next.adopt(Some(operations.memo(at(1))), &SavedFleet::default()), [OpId(9)]);
+        assert_eq!(next.join(OP, &client), Known::NeverBegun, "there is no such app");
+        assert_eq!(next.join(OpId(8), &client), Known::Joined, "it is gone already");
+        assert_eq!(next.join(OpId(9), &client), Known::Joined);
+    }
+}

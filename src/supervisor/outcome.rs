@@ -1,0 +1,168 @@
+//! Outcomes and steps of the fleet in the words of the protocol.
+
+use std::time::Duration;
+
+use crate::ipc::protocol::{AppResult, Failure, OperationView, Refused, StepKind as StepWords, StepView};
+use crate::model::exit::ExitReason;
+use crate::model::id::{AppName, InstanceId, Slot};
+use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Step, StepKind};
+
+/// What the texts need beyond the outcome itself.
+pub trait Witness {
+    /// The last lines an instance wrote.
+    fn last_lines(&self, id: &InstanceId) -> Vec<String>;
+    /// Why a `listen()` of an instance failed, if one did.
+    fn listen_failure(&self, id: &InstanceId) -> Option<String>;
+    /// The `listen_timeout` of an app.
+    fn listen_timeout(&self, app: &AppName) -> Option<Duration>;
+}
+
+/// A step in the words of the protocol.
+#[must_use]
+pub fn step_view(step: Step) -> StepView {
+    let Step { id, pm_id, kind } = step;
+    let step = match kind {
+        StepKind::Queued => StepWords::Queued,
+        StepKind::Launching => StepWords::Launching,
+        StepKind::Spawned { pid } => StepWords::Spawned { pid },
+        StepKind::Ready { after } => StepWords::Ready { after_ms: millis(after) },
+        StepKind::Draining => StepWords::Draining,
+        StepKind::Signalled { signal } => StepWords::Signalled { signal: signal.to_string() },
+        StepKind::Gone { after, killed, reason } => {
+            StepWords::Gone { after_ms: millis(after), killed, reason: reason.to_string() }
+        }
+        StepKind::Failed { reason } => StepWords::Failed { reason: reason.to_string() },
+    };
+    StepView { app: id.app, pm_id, slot: id.slot, generation: id.generation, step }
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A result in the words of the protocol: what was done, or why nothing was.
+///
+/// # Errors
+/// A refusal, with its exit code.
+pub fn operation_view(outcome: Outcome, witness: &impl Witness) -> Result<OperationView, Refused> {
+    match outcome {
+        Outcome::Done { apps } => Ok(view(true, apps, witness)),
+        Outcome::Failed { apps } => Ok(view(false, apps, witness)),
+        Outcome::Refused(refusal) => Err(refused(&refusal)),
+    }
+}
+
+fn view(ok: bool, apps: Vec<(AppName, AppOutcome)>, witness: &impl Witness) -> OperationView {
+    OperationView {
+        ok,
+        apps: apps.into_iter().map(|(app, outcome)| app_result(app, outcome, witness)).collect(),
+    }
+}
+
+fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppResult {
+    let done = |app, result: String, slots| AppResult { app, ok: true, result, slots, failure: None };
+    let failed = |app, result: &str, failure| AppResult {
+        app,
+        ok: false,
+        result: result.to_owned(),
+        slots: 0,
+        failure: Some(failure),
+    };
+    match outcome {
+        AppOutcome::Done { what, slots } => done(app, what.to_owned(), slots),
+        AppOutcome::Already { what } => done(app, format!("already {what}"), 0),
+        AppOutcome::Failed { id, reason, replaced, kept } => {
+            let cause = failure_cause(&id, &reason, witness.listen_timeout(&app));
+            let failure = Failure {
+                cause: match witness.listen_failure(&id) {
+                    Some(why) => format!("{cause}: {why}"),
+                    None => cause,
+                },
+                hint: Some(failure_hint(&app, &reason, &replaced, &kept)),
+                last_lines: witness.last_lines(&id),
+                replaced,
+                kept,
+            };
+            failed(app, "failed", failure)
+        }
+        AppOutcome::Superseded { by } => {
+            let cause = format!("superseded by a {by} of the same app");
+            failed(app, "superseded", plain(cause, None))
+        }
+        AppOutcome::NotRemembered { what, error } => {
+            let hint = "Free some space and run the command again; until then a reboot would not know of it.";
+            failed(app, what, plain(format!("{what}, but not remembered over a reboot: {error}"), Some(hint)))
+        }
+        AppOutcome::NotSaved { error } => {
+            let hint =
+                "Nothing was changed. Free some space or make the home writable, then run the command again.";
+            failed(app, "refused", plain(format!("the state cannot be saved: {error}"), Some(hint)))
+        }
+    }
+}
+
+fn plain(cause: String, hint: Option<&str>) -> Failure {
+    Failure {
+        cause,
+        hint: hint.map(str::to_owned),
+        last_lines: Vec::new(),
+        replaced: Vec::new(),
+        kept: Vec::new(),
+    }
+}
+
+fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Duration>) -> String {
+    let slot = id.slot;
+    match reason {
+        ExitReason::NotReady => match listen_timeout {
+            Some(limit) => format!("worker {slot} was not ready within {}", seconds(limit)),
+            None => format!("worker {slot} was not ready in time"),
+        },
+        ExitReason::NotStarted(why) => format!("worker {slot} could not be started: {why}"),
+        ExitReason::Code(code) => format!("worker {slot} exited with code {code} before it was ready"),
+        ExitReason::Signal(signal) => format!("worker {slot} was ended by {signal} before it was ready"),
+        ExitReason::Oom | ExitReason::Health | ExitReason::Unknown => {
+            format!("worker {slot} ended: {reason}")
+        }
+    }
+}
+
+fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[Slot]) -> String {
+    // Names may have spaces, and what a hint says is typed as it stands.
+    let word = if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() };
+    let logs = match reason {
+        // What never ran has no logs.
+        ExitReason::NotStarted(_) if kept.is_empty() => format!("Put that right, then `pm restart {word}`."),
+        ExitReason::NotStarted(_) => format!("Put that right, then `pm reload {word}`."),
+        _ => format!("See `pm logs {word} --err`."),
+    };
+    match (replaced.is_empty(), kept.is_empty()) {
+        (true, false) => format!("The old workers are still serving. {logs}"),
+        (false, false) => format!(
+            "Workers {} run the new release, {} still run the old one. {logs}",
+            numbers(replaced),
+            numbers(kept)
+        ),
+        (false, true) | (true, true) => logs,
+    }
+}
+
+fn numbers(slots: &[Slot]) -> String {
+    slots.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn seconds(span: Duration) -> String {
+    if span.subsec_millis() == 0 { format!("{}s", span.as_secs()) } else { format!("{}ms", span.as_millis()) }
+}
+
+/// A refusal with its exit code.
+#[must_use]
+pub fn refused(refusal: &Refusal) -> Refused {
+    let (code, hint) = match refusal {
+        Refusal::NoSuchApp(_) => (3, Some("`pm list` shows what there is.")),
+        Refusal::Busy { .. } => (5, Some("Wait for it to end, or stop the app: that aborts it.")),
+        Refusal::Ending => (5, Some("Run the command again when the daemon has ended.")),
+        Refusal::Invalid(_) => (2, None),
+    };
+    Refused { code, message: refusal.to_string(), cause: None, hint: hint.map(str::to_owned) }
+}

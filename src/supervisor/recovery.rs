@@ -1,0 +1,257 @@
+//! Operations that outlive the supervisor they were asked of: what is noted of each when it begins, and how the next
+//! supervisor tells from the fleet what has become of it.
+//!
+//! The note is in the blob before the fleet hears of the request. So an operation without a note has never begun, and
+//! may be asked for again; one with a note has begun exactly if the desired state says so, is finished or undone by
+//! the fleet, and has ended when its apps have come to rest.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ipc::protocol::{AppResult, Failure, OperationView};
+use crate::model::id::{AppName, OpId, Slot};
+use crate::model::saved::{Desired, SavedApp, SavedFleet};
+use crate::model::status::Status;
+use crate::policy::fleet::{AppView, Fleet};
+use crate::policy::vocabulary::{Command, Selected, SlotView, Verb};
+
+/// What is noted of an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OperationMemo {
+    /// The client's name of it.
+    pub op: OpId,
+    /// What was asked.
+    pub aim: Aim,
+}
+
+/// What an operation wants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Aim {
+    /// Of each app.
+    Apps(Vec<AppAim>),
+    /// The end of everything, `pm kill`: asked for again.
+    Kill,
+}
+
+/// What an operation wants of one app.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppAim {
+    app: AppName,
+    /// `None`: all.
+    slots: Option<Vec<Slot>>,
+    goal: Goal,
+    /// The verb in past tense.
+    what: Past,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Goal {
+    /// Instances run.
+    Up,
+    /// Instances of a later release than this run.
+    After(u64),
+    /// None runs.
+    Down,
+    /// So many run.
+    Count(u32),
+    /// There is no such app.
+    Gone,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Past {
+    Started,
+    Stopped,
+    Restarted,
+    Reloaded,
+    Deleted,
+    Scaled,
+}
+
+impl Past {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Stopped => "stopped",
+            Self::Restarted => "restarted",
+            Self::Reloaded => "reloaded",
+            Self::Deleted => "deleted",
+            Self::Scaled => "scaled",
+        }
+    }
+}
+
+impl OperationMemo {
+    /// What is to be noted of a command; `None` for those that end in the turn in which they are asked.
+    #[must_use]
+    pub fn of(op: OpId, command: &Command, fleet: &Fleet) -> Option<Self> {
+        let aims = match command {
+            Command::Start { specs } => specs
+                .iter()
+                .map(|spec| {
+                    let (goal, what) = match fleet.app(&spec.name) {
+                        Some(view) if runs(&view, None) && view.spec != *spec => {
+                            (Goal::After(view.revision), Past::Reloaded)
+                        }
+                        Some(_) | None => (Goal::Up, Past::Started),
+                    };
+                    AppAim { app: spec.name.clone(), slots: None, goal, what }
+                })
+                .collect(),
+            Command::Act { verb, selection, .. } => {
+                selection.iter().map(|selected| act(*verb, selected, fleet)).collect()
+            }
+            Command::Scale { app, instances } => {
+                vec![AppAim {
+                    app: app.clone(),
+                    slots: None,
+                    goal: Goal::Count(*instances),
+                    what: Past::Scaled,
+                }]
+            }
+            Command::Resurrect { saved } => saved
+                .apps
+                .iter()
+                // What was stopped stays so; there is nothing to wait for.
+                .filter(|app| app.slots.iter().all(|slot| slot.desired == Desired::Running))
+                .map(|app| AppAim {
+                    app: app.spec.name.clone(),
+                    slots: None,
+                    goal: Goal::Up,
+                    what: Past::Started,
+                })
+                .collect(),
+            Command::Kill => return Some(Self { op, aim: Aim::Kill }),
+            Command::Terminate | Command::Reset { .. } => return None,
+        };
+        Some(Self { op, aim: Aim::Apps(aims) })
+    }
+
+    /// Whether any of it had become part of the desired state, so that the fleet finishes or undoes it.
+    #[must_use]
+    pub fn has_begun(&self, saved: &SavedFleet) -> bool {
+        match &self.aim {
+            Aim::Apps(aims) => aims.is_empty() || aims.iter().any(|aim| aim.has_begun(saved)),
+            Aim::Kill => true,
+        }
+    }
+
+    /// How it ended; `None` while an app of it has not come to rest.
+    #[must_use]
+    pub fn ended(&self, fleet: &Fleet, saved: &SavedFleet) -> Option<OperationView> {
+        let Aim::Apps(aims) = &self.aim else { return None };
+        let views: Vec<Option<AppView>> = aims.iter().map(|aim| fleet.app(&aim.app)).collect();
+        let at_rest = aims.iter().zip(&views).all(|(aim, view)| view.as_ref().is_none_or(|v| aim.at_rest(v)));
+        if !at_rest {
+            return None;
+        }
+        let apps: Vec<AppResult> =
+            aims.iter().zip(&views).map(|(aim, view)| aim.result(view.as_ref(), saved)).collect();
+        Some(OperationView { ok: apps.iter().all(|app| app.ok), apps })
+    }
+}
+
+fn act(verb: Verb, selected: &Selected, fleet: &Fleet) -> AppAim {
+    let Selected { app, slots } = selected;
+    let running = fleet.app(app).filter(|view| runs(view, slots.as_deref())).map(|view| view.revision);
+    let (goal, what) = match (verb, running) {
+        (Verb::Stop, _) => (Goal::Down, Past::Stopped),
+        (Verb::Delete, _) => {
+            let left = slots.as_ref().map_or(0, |chosen| {
+                let all = fleet.app(app).map_or(0, |view| view.slots.len());
+                u32::try_from(all.saturating_sub(chosen.len())).unwrap_or(u32::MAX)
+            });
+            let goal = if left == 0 { Goal::Gone } else { Goal::Count(left) };
+            return AppAim { app: app.clone(), slots: None, goal, what: Past::Deleted };
+        }
+        (Verb::Start | Verb::Restart | Verb::Reload, None) => (Goal::Up, Past::Started),
+        (Verb::Start | Verb::Restart, Some(revision)) => (Goal::After(revision), Past::Restarted),
+        (Verb::Reload, Some(revision)) => (Goal::After(revision), Past::Reloaded),
+    };
+    AppAim { app: app.clone(), slots: slots.clone(), goal, what }
+}
+
+fn runs(view: &AppView, slots: Option<&[Slot]>) -> bool {
+    chosen(view, slots).any(|slot| !matches!(slot.status, Status::Stopped | Status::Errored))
+}
+
+fn chosen<'a>(view: &'a AppView, slots: Option<&'a [Slot]>) -> impl Iterator<Item = &'a SlotView> {
+    view.slots.iter().filter(move |slot| slots.is_none_or(|slots| slots.contains(&slot.slot)))
+}
+
+#[cfg(test)]
+impl AppAim {
+    pub(super) fn start_of(app: AppName) -> Self {
+        Self { app, slots: None, goal: Goal::Up, what: Past::Started }
+    }
+
+    pub(super) fn deletion_of(app: AppName) -> Self {
+        Self { app, slots: None, goal: Goal::Gone, what: Past::Deleted }
+    }
+}
+
+impl AppAim {
+    fn has_begun(&self, saved: &SavedFleet) -> bool {
+        let app = saved.apps.iter().find(|app| app.spec.name == self.app);
+        match (self.goal, app) {
+            (Goal::Gone, None) => true,
+            (Goal::Gone, Some(app)) => app.operation == Some(crate::model::saved::SavedOperation::Delete),
+            (_, None) => false,
+            (Goal::Up, Some(app)) => self.slots_of(app).any(|(desired, _)| desired == Desired::Running),
+            (Goal::Down, Some(app)) => self.slots_of(app).all(|(desired, _)| desired == Desired::Stopped),
+            (Goal::After(revision), Some(app)) => self.slots_of(app).any(|(_, now)| now > revision),
+            (Goal::Count(count), Some(app)) => app.spec.instances == count,
+        }
+    }
+
+    /// What is wanted of each slot, and the release it is meant to run.
+    fn slots_of<'a>(&'a self, app: &'a SavedApp) -> impl Iterator<Item = (Desired, u64)> + 'a {
+        app.slots
+            .iter()
+            .zip(0..)
+            .filter(|(_, index)| self.slots.as_ref().is_none_or(|slots| slots.contains(&Slot(*index))))
+            .map(|(slot, _)| (slot.desired, if slot.revision == 0 { app.revision } else { slot.revision }))
+    }
+
+    fn at_rest(&self, view: &AppView) -> bool {
+        view.operation.is_none()
+            && chosen(view, self.slots.as_deref()).all(|slot| {
+                slot.draining.is_empty()
+                    && matches!(
+                        slot.status,
+                        Status::Online | Status::Stopped | Status::Errored | Status::WaitingRestart
+                    )
+            })
+    }
+
+    fn result(&self, view: Option<&AppView>, saved: &SavedFleet) -> AppResult {
+        let app = saved.apps.iter().find(|app| app.spec.name == self.app);
+        let slots: Vec<&SlotView> =
+            view.into_iter().flat_map(|view| chosen(view, self.slots.as_deref())).collect();
+        let all = |status: Status| slots.iter().all(|slot| slot.status == status);
+        let up = !slots.is_empty() && all(Status::Online);
+        let ok = match (self.goal, app) {
+            (Goal::Up, _) => up,
+            (Goal::After(revision), Some(app)) => up && self.slots_of(app).all(|(_, now)| now > revision),
+            (Goal::After(_), None) => false,
+            (Goal::Down, _) => all(Status::Stopped),
+            (Goal::Count(count), _) => up && view.is_some_and(|view| view.spec.instances == count),
+            (Goal::Gone, _) => view.is_none(),
+        };
+        let word = self.what.word();
+        if ok {
+            let slots = u32::try_from(slots.len()).unwrap_or(u32::MAX);
+            return AppResult { app: self.app.clone(), ok, result: word.to_owned(), slots, failure: None };
+        }
+        let exit =
+            slots.iter().find(|slot| slot.status != Status::Online).and_then(|slot| slot.last_exit.as_ref());
+        let why = exit.map_or_else(String::new, |exit| format!(": {exit}"));
+        let failure = Failure {
+            cause: format!("the supervisor was started again meanwhile, and the app was not {word}{why}"),
+            hint: Some(format!("`pm list` shows what is true now; see also `pm logs {} --err`.", self.app)),
+            last_lines: Vec::new(),
+            replaced: Vec::new(),
+            kept: Vec::new(),
+        };
+        AppResult { app: self.app.clone(), ok, result: "failed".to_owned(), slots: 0, failure: Some(failure) }
+    }
+}

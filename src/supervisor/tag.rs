@@ -1,0 +1,185 @@
+//! What the keeper stores with each child, so that a supervisor without its blob still knows every one.
+
+use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::fnv;
+use crate::model::id::{InstanceId, PmId};
+
+/// Tells the runs of one home from those of every other: half of each nonce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HomeMark(u32);
+
+impl HomeMark {
+    /// The mark of the home in this directory, by whatever path it is reached.
+    #[must_use]
+    pub fn of(dir: &Path) -> Self {
+        let dir = std::fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
+        let [high, low] = halves(fnv::hash(dir.as_os_str().as_bytes()));
+        Self(high ^ low)
+    }
+
+    /// Whether a token is that of a run of this home.
+    #[must_use]
+    pub fn made(self, token: &str) -> bool {
+        let nonce = token.rsplit(':').next().filter(|nonce| nonce.len() == 16);
+        let nonce = nonce.and_then(|nonce| u64::from_str_radix(nonce, 16).ok());
+        nonce.is_some_and(|nonce| halves(nonce)[0] == self.0)
+    }
+}
+
+/// Tells one spawn from every other, also of an earlier daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Nonce(u64);
+
+impl Nonce {
+    /// The home's mark and a number nobody can foresee: the keys of std's hash maps come from the kernel's random
+    /// numbers.
+    #[must_use]
+    pub fn new(home: HomeMark) -> Self {
+        let [_, low] = halves(RandomState::new().build_hasher().finish());
+        Self(u64::from(home.0) << 32 | u64::from(low))
+    }
+
+    /// In the form of a UUID, as PM2's `unique_id`.
+    #[must_use]
+    pub fn as_uuid(self) -> String {
+        let [high, low] = halves(self.0);
+        let [_, second, _, third] = [high >> 16, high & 0xffff, low >> 16, low & 0xffff];
+        format!("{low:08x}-{second:04x}-{third:04x}-0000-{high:012x}")
+    }
+}
+
+fn halves(number: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = number.to_be_bytes();
+    [u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h])]
+}
+
+impl fmt::Display for Nonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// What the keeper stores with a child.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tag {
+    /// Which run.
+    pub id: InstanceId,
+    /// Its slot's number for people.
+    pub pm_id: PmId,
+    /// The revision of its spec.
+    pub revision: u64,
+    /// Names its held descriptors, and is part of its token.
+    pub nonce: Nonce,
+}
+
+impl Tag {
+    /// The bytes for the keeper.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        // Plain values: cannot fail.
+        postcard::to_allocvec(self).unwrap_or_default()
+    }
+
+    /// The tag in the keeper's bytes.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        postcard::from_bytes(bytes).ok()
+    }
+
+    /// The value of `PM_INSTANCE`: proves that a process belongs to this run.
+    #[must_use]
+    pub fn token(&self) -> String {
+        let InstanceId { app, slot, generation } = &self.id;
+        format!("{app}:{slot}:{generation}:{}", self.nonce)
+    }
+
+    /// The keeper's name for one of the run's descriptors.
+    #[must_use]
+    pub fn held(&self, kind: Held) -> String {
+        format!("{}{}", self.held_prefix(), kind.as_str())
+    }
+
+    /// What the names of all its descriptors begin with.
+    #[must_use]
+    pub fn held_prefix(&self) -> String {
+        format!("run:{}:", self.nonce)
+    }
+}
+
+/// The descriptors of a run that outlive a supervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// The write end of its stdin.
+    Stdin,
+    /// The read end of its stdout.
+    Out,
+    /// The read end of its stderr.
+    Err,
+    /// Our end of its IPC channel.
+    Channel,
+    /// Its notify socket.
+    Notify,
+    /// The read end of its ready pipe.
+    Ready,
+}
+
+impl Held {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdin => "stdin",
+            Self::Out => "out",
+            Self::Err => "err",
+            Self::Channel => "channel",
+            Self::Notify => "notify",
+            Self::Ready => "ready",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keeper::wire::{NAME_MAX, TAG_MAX};
+    use crate::model::id::{APP_NAME_MAX, AppName, Generation, Slot};
+
+    #[test]
+    fn a_home_knows_its_own_runs() {
+        let [ours, theirs] = ["/var/lib/pm-one", "/var/lib/pm-two"].map(|dir| HomeMark::of(Path::new(dir)));
+        let id = InstanceId { app: AppName::new("a:b").unwrap(), slot: Slot(0), generation: Generation(3) };
+        let tag = |home| Tag { id: id.clone(), pm_id: PmId(1), revision: 1, nonce: Nonce::new(home) };
+        assert!(ours.made(&tag(ours).token()));
+        assert!(!theirs.made(&tag(ours).token()));
+        assert_ne!(tag(ours).token(), tag(ours).token());
+        for foreign in ["", "a", "api:0:1:f00", "api:0:1:zzzzzzzzzzzzzzzz"] {
+            assert!(!ours.made(foreign), "{foreign}");
+        }
+        assert_eq!(tag(ours).nonce.as_uuid().len(), 36);
+    }
+
+    #[test]
+    fn the_longest_name_fits_the_wire() {
+        let name = "\u{10400}".repeat(APP_NAME_MAX);
+        let id = InstanceId {
+            app: AppName::new(&name).unwrap(),
+            slot: Slot(u32::MAX),
+            generation: Generation(u64::MAX),
+        };
+        let tag = Tag {
+            id,
+            pm_id: PmId(u32::MAX),
+            revision: u64::MAX,
+            nonce: Nonce::new(HomeMark::of(Path::new("/"))),
+        };
+        let bytes = tag.encode();
+        assert!(bytes.len() <= TAG_MAX, "{}", bytes.len());
+        assert!(tag.held(Held::Channel).len() <= NAME_MAX);
+        assert_eq!(Tag::decode(&bytes), Some(tag));
+    }
+}

@@ -1,0 +1,767 @@
+//! Effects: what the fleet's actions do to processes, sockets and files, and what comes back.
+//!
+//! Decides nothing. Every descriptor that must outlive this supervisor is at the keeper before anybody can use it.
+
+pub mod adopt;
+mod start;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::task::AbortHandle;
+
+use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
+use super::blob_memory::BlobMemory;
+use super::driver::Input;
+use super::listeners::Listeners;
+use super::operations::Operations;
+use super::outcome::Witness;
+use super::publish::SlotInfo;
+use super::tag::{HomeMark, Tag};
+use super::variables::Variables;
+use crate::dispatch::{Command, DispatchEvent, DispatchHandle, Idle, KeptListener, OpenListener, Token};
+use crate::keeper::link::{Link, LinkError};
+use crate::keeper::wire::{FromKeeper, HeldFds, ToKeeper};
+use crate::logs::naming::{is_merged, log_paths};
+use crate::logs::pump::{LogEvent, LogHandle};
+use crate::model::exit::ExitReason;
+use crate::model::id::{AppName, InstanceId, PmId};
+use crate::model::moment::Moment;
+use crate::model::signal::Signal;
+use crate::model::spec::AppSpec;
+use crate::policy::fleet::{AppView, Fleet};
+use crate::policy::vocabulary::{Action, Event, IdleConnections, SlotView};
+use crate::store::paths::Home;
+use crate::store::state::Shell;
+use crate::sys::child::WaitStatus;
+use crate::sys::procfs::ProcessId;
+use crate::sys::tree::Root;
+use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
+use crate::sys::{clock, poll};
+
+/// What the app left behind when its main process ended gets the kill signal, then this long.
+const LEFTOVERS_GRACE: Duration = Duration::from_secs(1);
+
+/// What a worker's `listen()` fails with when its listener cannot be held: EMFILE.
+const NO_DESCRIPTOR: i32 = 24;
+
+/// Runs whose last lines are kept after they are forgotten, for the message that is being made.
+const RECENT_RUNS: usize = 64;
+
+/// How long a listener stays open that an app has closed without going down.
+const LISTENER_LINGER: Duration = Duration::from_secs(5);
+
+/// How long the keeper may take to read our last words.
+const QUIT_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How many of the last lines a failure shows.
+const LAST_LINES: usize = 24;
+
+/// One run as the effects know it.
+#[derive(Debug)]
+struct Run {
+    spec: Arc<AppSpec>,
+    tag: Tag,
+    process: Option<ProcessId>,
+    env: Variables,
+    version: String,
+    node_version: Option<String>,
+    /// Tasks that wait for "ready".
+    ears: Vec<AbortHandle>,
+    /// The file of its notify socket.
+    notify_path: Option<PathBuf>,
+    /// Whether the dispatcher has its channel.
+    channel: bool,
+    /// `"ready"` was recorded.
+    ready: bool,
+    /// The listeners it has open, as a worker of a Node cluster.
+    open: Vec<OpenListener>,
+    end: End,
+}
+
+/// How far the end of a run has come: the main process and the tree can go in either order, then the pipes are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct End {
+    exited: bool,
+    tree_gone: bool,
+    draining: bool,
+}
+
+impl Run {
+    fn channel_memo(&self, id: &InstanceId) -> ChannelMemo {
+        ChannelMemo {
+            id: id.clone(),
+            ready: self.ready,
+            node_version: self.node_version.clone(),
+            open: self.open.clone(),
+        }
+    }
+}
+
+/// The effects of one supervisor.
+#[derive(Debug)]
+pub struct World {
+    link: Link,
+    keeper_pid: u32,
+    mark: HomeMark,
+    home: Home,
+    agent: PathBuf,
+    username: String,
+    inputs: UnboundedSender<Input>,
+    dispatch: DispatchHandle,
+    logs: LogHandle,
+    trees: TreeWorker,
+    listeners: Listeners,
+    blob: BlobMemory,
+    runs: HashMap<InstanceId, Run>,
+    by_pid: HashMap<u32, InstanceId>,
+    spawning: HashMap<u64, InstanceId>,
+    next_request: u64,
+    /// Counts what goes into the blob beside the fleet.
+    changes: u64,
+    /// Dispatcher tokens to acknowledge when the blob is written.
+    unrecorded: Vec<Token>,
+    /// Listeners that workers asked for, by app and key.
+    cluster_listeners: BTreeMap<(AppName, String), ListenerMemo>,
+    /// `listen_timeout` of each app, for messages.
+    listen_timeouts: HashMap<AppName, Duration>,
+    recent: VecDeque<InstanceId>,
+    /// The wall clock when the machine was booted, as of this supervisor's start; milliseconds since 1970.
+    boot_ms: u64,
+    /// Why a `listen()` of these runs failed.
+    listen_failures: HashMap<InstanceId, String>,
+}
+
+/// What a world is made of.
+#[derive(Debug)]
+pub struct Tools {
+    /// To the keeper.
+    pub link: Link,
+    /// Its pid.
+    pub keeper_pid: u32,
+    /// The daemon's files.
+    pub home: Home,
+    /// The Node agent's file.
+    pub agent: PathBuf,
+    /// Who runs the daemon.
+    pub username: String,
+    /// To the driver.
+    pub inputs: UnboundedSender<Input>,
+    /// IPC channels and connections.
+    pub dispatch: DispatchHandle,
+    /// Pipes to files.
+    pub logs: LogHandle,
+    /// Process trees.
+    pub trees: TreeWorker,
+    /// Inherited listeners.
+    pub listeners: Listeners,
+    /// For the next supervisor.
+    pub blob: BlobMemory,
+}
+
+impl World {
+    /// A world without any run.
+    #[must_use]
+    pub fn new(tools: Tools) -> Self {
+        let Tools { link, keeper_pid, home, agent, username, inputs, dispatch, logs, trees, listeners, blob } =
+            tools;
+        Self {
+            link,
+            keeper_pid,
+            mark: HomeMark::of(home.dir()),
+            home,
+            agent,
+            username,
+            inputs,
+            dispatch,
+            logs,
+            trees,
+            listeners,
+            blob,
+            runs: HashMap::new(),
+            by_pid: HashMap::new(),
+            spawning: HashMap::new(),
+            next_request: 1,
+            changes: 0,
+            unrecorded: Vec::new(),
+            cluster_listeners: BTreeMap::new(),
+            listen_timeouts: HashMap::new(),
+            recent: VecDeque::new(),
+            boot_ms: boot_ms_now(),
+            listen_failures: HashMap::new(),
+        }
+    }
+
+    /// The keeper's pid, which people know as the daemon's.
+    #[must_use]
+    pub const fn keeper_pid(&self) -> u32 {
+        self.keeper_pid
+    }
+
+    /// Where `save` writes.
+    #[must_use]
+    pub fn dump_path(&self) -> PathBuf {
+        self.home.dump()
+    }
+
+    /// The link, to be watched for messages.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn keeper_fd(&self) -> io::Result<OwnedFd> {
+        self.link.as_fd().try_clone_to_owned()
+    }
+
+    /// The next message of the keeper, if there is one.
+    ///
+    /// # Errors
+    /// When the keeper is gone or speaks nonsense.
+    pub fn receive(&mut self) -> Result<Option<FromKeeper>, LinkError> {
+        self.link.try_recv()
+    }
+
+    /// Sends what the keeper had no room for.
+    ///
+    /// # Errors
+    /// When the keeper is gone.
+    pub fn flush(&mut self) -> Result<(), LinkError> {
+        self.link.flush()
+    }
+
+    /// Whether messages to the keeper wait for room.
+    #[must_use]
+    pub fn wants_room(&self) -> bool {
+        self.link.pending() > 0
+    }
+
+    /// Writes the blob if anything has changed, then lets the dispatcher consume what is now recorded.
+    pub fn record(&mut self, now: Moment, fleet: &Fleet, operations: &Operations) {
+        let Self { runs, cluster_listeners, blob, .. } = self;
+        let content = || Blob {
+            version: blob::VERSION,
+            memo: fleet.memo(),
+            channels: runs
+                .iter()
+                .filter(|(_, run)| run.channel)
+                .map(|(id, run)| run.channel_memo(id))
+                .collect(),
+            listeners: cluster_listeners.values().cloned().collect(),
+            operations: operations.memo(now),
+        };
+        if let Err(error) = blob.record((fleet.changed(), self.changes + operations.changes()), content) {
+            tracing::warn!(%error, "cannot write the blob");
+        }
+        for token in self.unrecorded.drain(..) {
+            self.dispatch.send(Command::Recorded { token });
+        }
+    }
+
+    /// Performs one action; what is known at once comes back as events.
+    pub fn perform(&mut self, now: Moment, action: Action, shells: &BTreeMap<AppName, Shell>) -> Vec<Event> {
+        tracing::trace!(?action, ?now, "perform");
+        match action {
+            Action::Spawn { id, pm_id, spec, revision } => {
+                let shell = shells.get(&id.app).cloned().unwrap_or_default();
+                self.listen_timeouts.insert(id.app.clone(), spec.ready.listen_timeout);
+                match self.start(&id, pm_id, &spec, revision, &shell) {
+                    Ok(()) => Vec::new(),
+                    Err(start::NotStarted { error, retry }) => {
+                        tracing::warn!(instance = %id, %error, "not started");
+                        vec![Event::SpawnFailed { id, error, retry }]
+                    }
+                }
+            }
+            Action::PutIn { id } => self.dispatch(Command::PutIn { id }),
+            Action::TakeOut { id } => {
+                if self.runs.get(&id).is_some_and(|run| run.channel) {
+                    self.dispatch(Command::TakeOut { id })
+                } else {
+                    // Nothing is on its way to an instance that accepts by itself.
+                    vec![Event::Settled { id }]
+                }
+            }
+            Action::AskKillListeners { id, signal } => {
+                self.dispatch(Command::AskKillListeners { id, signal })
+            }
+            Action::Drain { id, idle, within } => {
+                let idle = match idle {
+                    IdleConnections::Wait => Idle::Wait,
+                    IdleConnections::Close => Idle::CloseNow,
+                };
+                self.dispatch(Command::Drain { id, idle, within })
+            }
+            Action::Disconnect { id } => self.dispatch(Command::Disconnect { id }),
+            Action::SendShutdown { id } => self.dispatch(Command::SendShutdown { id }),
+            Action::Signal { id, signal, mode } => {
+                self.ask_tree(&id, TreeOp::Stop { mode, signal });
+                Vec::new()
+            }
+            Action::KillTree { id } => {
+                self.ask_tree(&id, TreeOp::KillAll);
+                Vec::new()
+            }
+            Action::EndLeftovers { id, signal } => {
+                self.ask_tree(&id, TreeOp::EndLeftovers { signal, grace: LEFTOVERS_GRACE });
+                Vec::new()
+            }
+            Action::Forget { id } => {
+                self.forget(&id);
+                Vec::new()
+            }
+            Action::CloseListeners { app, keep } => {
+                self.close_listeners(&app, keep.as_deref());
+                Vec::new()
+            }
+            Action::Save { .. } | Action::Progress { .. } | Action::Reply { .. } | Action::Quit => {
+                unreachable!("the driver performs these itself")
+            }
+        }
+    }
+
+    fn dispatch(&self, command: Command) -> Vec<Event> {
+        self.dispatch.send(command);
+        Vec::new()
+    }
+
+    fn ask_tree(&mut self, id: &InstanceId, op: TreeOp) {
+        let Some(run) = self.runs.get(id) else { return };
+        if let Some(process) = run.process {
+            let root = Root { main: process, token: run.tag.token() };
+            self.trees.ask(Instance { id: id.clone(), root }, op);
+        }
+    }
+
+    fn close_listeners(&mut self, app: &AppName, keep: Option<&AppSpec>) {
+        if keep.is_some() {
+            self.close_unserved(app);
+        } else {
+            self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: None });
+            self.cluster_listeners.retain(|(owner, _), _| owner != app);
+            self.changes += 1;
+            self.tell_keeper(&ToKeeper::ReleasePrefix { prefix: Listeners::key_prefix(app) });
+        }
+        for name in self.listeners.close(app, keep) {
+            self.tell_keeper(&ToKeeper::Release { name });
+        }
+    }
+
+    /// Closes what workers of the app asked for and no run of it has open any more.
+    fn close_unserved(&mut self, app: &AppName) {
+        let served: BTreeSet<&str> = self
+            .runs
+            .iter()
+            .filter(|(id, _)| id.app == *app)
+            .flat_map(|(_, run)| run.open.iter().map(|open| open.key.as_str()))
+            .collect();
+        let keys: Vec<String> = self
+            .cluster_listeners
+            .keys()
+            .filter(|(owner, key)| owner == app && !served.contains(key.as_str()))
+            .map(|(_, key)| key.clone())
+            .collect();
+        for key in &keys {
+            self.cluster_listeners.remove(&(app.clone(), key.clone()));
+            self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, key) });
+        }
+        if !keys.is_empty() {
+            self.changes += 1;
+            self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: Some(keys) });
+        }
+    }
+
+    /// The last worker of an app has closed a listener that it had asked for. Most likely it is about to exit, and its
+    /// successor wants the port with the clients that wait there.
+    pub fn look_later(&self, app: AppName, key: String) {
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LISTENER_LINGER).await;
+            // Fails only when the driver has ended.
+            let _ = inputs.send(Input::PerhapsUnused { app, key });
+        });
+    }
+
+    /// Closes a listener that no worker has open: its port is free for others, as with a genuine primary.
+    pub fn close_if_unused(&mut self, app: &AppName, key: &str) {
+        let in_use =
+            self.runs.iter().any(|(id, run)| id.app == *app && run.open.iter().any(|open| open.key == key));
+        if in_use || self.cluster_listeners.remove(&(app.clone(), key.to_owned())).is_none() {
+            return;
+        }
+        let keys = Some(vec![key.to_owned()]);
+        self.dispatch.send(Command::CloseListeners { app: app.clone(), keys });
+        self.changes += 1;
+        self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, key) });
+    }
+
+    fn forget(&mut self, id: &InstanceId) {
+        let Some(run) = self.runs.remove(id) else { return };
+        for ear in &run.ears {
+            ear.abort();
+        }
+        if run.channel {
+            self.dispatch.send(Command::Remove { id: id.clone() });
+        }
+        if let Some(process) = run.process {
+            let pid = process.pid.unsigned_abs();
+            self.by_pid.remove(&pid);
+            self.tell_keeper(&ToKeeper::Confirm { pid, fds: HeldFds::Release });
+            // Only our own run's file: a successor has written its pid there by now.
+            let pid_file = self.pid_file(&id.app, run.tag.pm_id);
+            if std::fs::read_to_string(&pid_file).is_ok_and(|text| text.trim() == pid.to_string()) {
+                let _ = std::fs::remove_file(pid_file);
+            }
+        }
+        self.tell_keeper(&ToKeeper::ReleasePrefix { prefix: run.tag.held_prefix() });
+        if let Some(socket) = run.notify_path {
+            let _ = std::fs::remove_file(socket);
+        }
+        self.changes += 1;
+        self.recent.push_back(id.clone());
+        if self.recent.len() > RECENT_RUNS
+            && let Some(oldest) = self.recent.pop_front()
+        {
+            self.logs.forget(&oldest);
+            self.listen_failures.remove(&oldest);
+        }
+    }
+
+    fn tell_keeper(&mut self, message: &ToKeeper) {
+        if let Err(error) = self.link.try_send(message, &[]) {
+            // A broken link ends the loop at the next read; a message too long is a bug.
+            tracing::error!(%error, ?message, "cannot tell the keeper");
+        }
+    }
+
+    /// What the keeper's message means to the fleet.
+    pub fn told(&mut self, message: FromKeeper) -> Option<Event> {
+        match message {
+            FromKeeper::Spawned { request, pid, start_ticks } => {
+                let id = self.spawning.remove(&request)?;
+                self.has_process(&id, pid, start_ticks);
+                Some(Event::Spawned { id, pid })
+            }
+            FromKeeper::SpawnFailed { request, pid, failure } => {
+                // One that an earlier supervisor asked for is known by its pid.
+                let id = self.spawning.remove(&request).or_else(|| self.by_pid.get(&pid).cloned())?;
+                self.never_ran(&id);
+                let retry = start::retry_of(failure.errno);
+                Some(Event::SpawnFailed { id, error: failure.to_string(), retry })
+            }
+            FromKeeper::Exited { pid, status, .. } => {
+                let Some(id) = self.by_pid.get(&pid).cloned() else {
+                    // Of no app: nobody else will confirm it.
+                    self.tell_keeper(&ToKeeper::Confirm { pid, fds: HeldFds::Release });
+                    return None;
+                };
+                let run = self.runs.get_mut(&id)?;
+                run.end.exited = true;
+                self.finish_logs(&id);
+                Some(Event::Exited { id, reason: reason_of(status) })
+            }
+            FromKeeper::NotUnderstood { kind } => {
+                tracing::error!(kind, "the keeper does not know a message");
+                None
+            }
+            FromKeeper::Hello(_)
+            | FromKeeper::Children { .. }
+            | FromKeeper::Held { .. }
+            | FromKeeper::InventoryEnd
+            | FromKeeper::Terminate { .. }
+            | FromKeeper::Synced { .. }
+            | FromKeeper::Unknown { .. } => None,
+        }
+    }
+
+    fn has_process(&mut self, id: &InstanceId, pid: u32, start_ticks: u64) {
+        let Some(run) = self.runs.get_mut(id) else { return };
+        run.process = Some(ProcessId { pid: pid.cast_signed(), start_ticks });
+        let pm_id = run.tag.pm_id;
+        self.by_pid.insert(pid, id.clone());
+        self.write_pid_file(&id.app, pm_id, pid);
+    }
+
+    fn write_pid_file(&self, app: &AppName, pm_id: PmId, pid: u32) {
+        let pid_file = self.pid_file(app, pm_id);
+        if let Err(error) = std::fs::write(&pid_file, pid.to_string()) {
+            tracing::warn!(path = %pid_file.display(), %error, "cannot write the pid file");
+        }
+    }
+
+    /// A spawn that failed leaves nothing: no descriptors, no ears, no log files held open.
+    fn never_ran(&mut self, id: &InstanceId) {
+        self.logs.finish(id.clone());
+        self.forget(id);
+    }
+
+    /// When the main process and the tree are both gone, what is left in the pipes is read.
+    fn finish_logs(&mut self, id: &InstanceId) {
+        if let Some(run) = self.runs.get_mut(id)
+            && run.end.exited
+            && run.end.tree_gone
+            && !run.end.draining
+        {
+            run.end.draining = true;
+            self.logs.finish(id.clone());
+        }
+    }
+
+    /// What the tree worker's answer means to the fleet.
+    pub fn tree(&mut self, event: TreeEvent) -> Option<Event> {
+        let TreeEvent { id, outcome, .. } = event;
+        match outcome {
+            tree_worker::Outcome::Signalled(pids) => {
+                tracing::debug!(instance = %id, ?pids, "signalled");
+                return None;
+            }
+            tree_worker::Outcome::Empty => {}
+            tree_worker::Outcome::Left(left) => {
+                tracing::error!(instance = %id, ?left, "processes survive SIGKILL");
+            }
+            tree_worker::Outcome::Failed(error) => {
+                tracing::error!(instance = %id, %error, "cannot see processes");
+            }
+        }
+        self.runs.get_mut(&id)?.end.tree_gone = true;
+        self.finish_logs(&id);
+        None
+    }
+
+    /// What the log pump's event means to the fleet.
+    pub fn logged(&mut self, event: LogEvent) -> Option<Event> {
+        match event {
+            LogEvent::Drained { id } => self.runs.contains_key(&id).then_some(Event::TreeGone { id }),
+            LogEvent::Trouble(trouble) => {
+                tracing::warn!(
+                    path = %trouble.path.display(), reason = trouble.reason, dropped = trouble.dropped,
+                    "log file takes no output"
+                );
+                None
+            }
+            LogEvent::Detached { .. } | LogEvent::Reopened => None,
+        }
+    }
+
+    /// What the dispatcher's event means to the fleet.
+    pub fn dispatched(&mut self, event: DispatchEvent) -> Option<Event> {
+        match event {
+            DispatchEvent::Ready { id, token } => {
+                self.remember(&id, token, |run| run.ready = true);
+                Some(Event::Ready { id })
+            }
+            DispatchEvent::Opened { id, open, new, token } => {
+                if let Some(listener) = new
+                    && let Err(error) = self.hold_listener(&id.app, listener)
+                {
+                    tracing::error!(instance = %id, %error, "cannot hold a listener");
+                    self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR });
+                    return None;
+                }
+                self.remember(&id, token, |run| {
+                    run.open.retain(|known| known.key != open.key);
+                    run.open.push(open);
+                });
+                None
+            }
+            DispatchEvent::Listening { id, key, address, token } => {
+                self.unrecorded.push(token);
+                let key = key.unwrap_or_else(|| address.clone());
+                let known = self.cluster_listeners.get_mut(&(id.app.clone(), key.clone()));
+                if let Some(listener) = known
+                    && listener.address != address
+                {
+                    listener.address = address;
+                    self.changes += 1;
+                }
+                Some(Event::Listening { id, key })
+            }
+            DispatchEvent::ListenerClosed { id, key, left, token } => {
+                self.remember(&id, token, |run| run.open.retain(|known| known.key != key));
+                tracing::debug!(instance = %id, key, left, "listener closed");
+                Some(Event::ListenerClosed { id, key })
+            }
+            DispatchEvent::ListenFailed { id, address, errno } => {
+                let why = Listeners::why_not(&address, &io::Error::from_raw_os_error(errno));
+                tracing::warn!(instance = %id, why, "listen failed");
+                self.listen_failures.insert(id, why);
+                None
+            }
+            DispatchEvent::ChannelClosed { id } => Some(Event::ChannelClosed { id }),
+            DispatchEvent::Settled { id, unanswered } => {
+                if unanswered > 0 {
+                    tracing::warn!(instance = %id, unanswered, "does not answer for connections");
+                }
+                Some(Event::Settled { id })
+            }
+            DispatchEvent::AgentHello { id, version } => {
+                if let Some(run) = self.runs.get_mut(&id) {
+                    run.node_version = Some(version.trim_start_matches('v').to_owned());
+                    self.changes += 1;
+                }
+                None
+            }
+            DispatchEvent::KillListeners { id, count, .. } => Some(Event::KillListeners { id, count }),
+            DispatchEvent::Drained { id } => Some(Event::Drained { id }),
+            DispatchEvent::LongLineSkipped { id, bytes } => {
+                tracing::warn!(instance = %id, bytes, "an IPC message over 16 MiB was skipped");
+                None
+            }
+            DispatchEvent::AcceptFailing { app, key, errno } => {
+                let error = io::Error::from_raw_os_error(errno);
+                tracing::error!(%app, key, %error, "cannot accept connections");
+                None
+            }
+            DispatchEvent::Ended { panicked } => {
+                // The next supervisor starts with a new thread; workers keep serving what they have.
+                assert!(!panicked, "the dispatch thread has panicked");
+                None
+            }
+            DispatchEvent::Online { .. }
+            | DispatchEvent::UserMessage { .. }
+            | DispatchEvent::MessageDropped { .. }
+            | DispatchEvent::Frozen { .. } => None,
+        }
+    }
+
+    fn remember(&mut self, id: &InstanceId, token: Token, change: impl FnOnce(&mut Run)) {
+        if let Some(run) = self.runs.get_mut(id) {
+            change(run);
+            self.changes += 1;
+        }
+        self.unrecorded.push(token);
+    }
+
+    fn hold_listener(&mut self, app: &AppName, listener: KeptListener) -> io::Result<()> {
+        let KeptListener { key, data, origin, socket } = listener;
+        let name = Listeners::key_name(app, &key);
+        self.link.hold(&name, None, socket.as_fd()).map_err(io::Error::other)?;
+        let memo = ListenerMemo { app: app.clone(), key: key.clone(), data, origin, address: String::new() };
+        self.cluster_listeners.insert((app.clone(), key), memo);
+        self.changes += 1;
+        Ok(())
+    }
+
+    fn pid_file(&self, app: &AppName, pm_id: PmId) -> PathBuf {
+        self.home.pids_dir().join(format!("{}-{pm_id}.pid", app.file_stem()))
+    }
+
+    /// What people should know about the effects.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let dropped = self.logs.dropped_bytes();
+        if dropped == 0 {
+            return Vec::new();
+        }
+        vec![format!(
+            "{dropped} bytes of log output were dropped because a log file did not take them; see {}",
+            self.home.log_file().display()
+        )]
+    }
+
+    /// When the machine was booted: always the same answer, so that a moment is always shown as the same time, until
+    /// the wall clock is set or the machine has slept.
+    fn boot_ms(&self) -> u64 {
+        let now = boot_ms_now();
+        if now.abs_diff(self.boot_ms) > 1000 { now } else { self.boot_ms }
+    }
+
+    /// Everything there is to show about a slot.
+    #[must_use]
+    pub fn slot_info(&self, now: Moment, app: &AppView, view: SlotView) -> SlotInfo {
+        let spec = &app.spec;
+        let run = view.current.as_ref().and_then(|current| self.runs.get(&current.id));
+        let merged = is_merged(spec);
+        let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, merged, view.pm_id);
+        let boot_ms = self.boot_ms();
+        let wall_of = |moment: Moment| boot_ms.saturating_add(moment.nanos() / 1_000_000);
+        SlotInfo {
+            spec: run.map_or_else(|| spec.clone(), |run| run.spec.clone()),
+            revision: app.revision,
+            process: run.and_then(|run| {
+                let process = run.process?;
+                Some((view.current.as_ref()?.id.clone(), process.pid, process.start_ticks))
+            }),
+            env: run.map(|run| run.env.clone()).unwrap_or_default(),
+            out_file: paths.out,
+            error_file: paths.err,
+            pid_file: self.pid_file(&spec.name, view.pm_id),
+            merged_logs: merged,
+            created_ms: wall_of(view.created),
+            started_ms: view.current.as_ref().map(|run| wall_of(run.since)),
+            restart_in_ms: view.restart_at.map(|at| millis(at.since(now))),
+            version: run.map_or_else(|| "N/A".to_owned(), |run| run.version.clone()),
+            node_version: run.and_then(|run| run.node_version.clone()),
+            username: self.username.clone(),
+            unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
+            listen: self.addresses(spec),
+            view,
+        }
+    }
+
+    fn addresses(&self, spec: &AppSpec) -> Vec<String> {
+        if !spec.is_node_cluster() {
+            return spec.listen.iter().map(|listener| listener.address.to_string()).collect();
+        }
+        self.cluster_listeners
+            .iter()
+            .filter(|((app, _), listener)| *app == spec.name && !listener.address.is_empty())
+            .map(|(_, listener)| listener.address.clone())
+            .collect()
+    }
+
+    /// Ends the daemon: the keeper exits after this process.
+    ///
+    /// # Errors
+    /// When the keeper is gone already.
+    pub fn quit(mut self) -> Result<(), LinkError> {
+        self.link.try_send(&ToKeeper::Quit, &[])?;
+        let deadline = clock::now() + QUIT_PATIENCE;
+        // The end of a thousand apps is more than the socket holds at once. A keeper that waits for us to read would
+        // not read.
+        while self.link.pending() > 0 {
+            while self.link.try_recv()?.is_some() {}
+            let left = deadline.since(clock::now());
+            if left.is_zero() {
+                return Err(LinkError::Silent);
+            }
+            let wait = poll::wait(&[(self.link.as_fd(), poll::Interest::ReadWrite)], Some(left));
+            wait.map_err(|source| LinkError::Io { step: "wait for the keeper", source })?;
+            self.link.flush()?;
+        }
+        Ok(())
+    }
+}
+
+impl Witness for World {
+    fn last_lines(&self, id: &InstanceId) -> Vec<String> {
+        self.logs.last_lines(id, LAST_LINES)
+    }
+
+    fn listen_failure(&self, id: &InstanceId) -> Option<String> {
+        self.listen_failures.get(id).cloned()
+    }
+
+    fn listen_timeout(&self, app: &AppName) -> Option<Duration> {
+        self.listen_timeouts.get(app).copied()
+    }
+}
+
+fn reason_of(status: WaitStatus) -> ExitReason {
+    match (status.code(), status.signal().and_then(Signal::from_number)) {
+        (Some(code), _) => ExitReason::Code(code),
+        (None, Some(signal)) => ExitReason::Signal(signal),
+        (None, None) => ExitReason::Unknown,
+    }
+}
+
+fn boot_ms_now() -> u64 {
+    clock::wall_millis().saturating_sub(clock::now().nanos() / 1_000_000)
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
