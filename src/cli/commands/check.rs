@@ -1,0 +1,61 @@
+//! `pm check`: what is wrong with a config file, or what it would start.
+
+use crate::cli::Context;
+use crate::cli::args::Check;
+use crate::cli::error::CliError;
+use crate::cli::output::words;
+use crate::cli::specs::Wishes;
+use crate::config::words::quote;
+use crate::model::spec::{AppSpec, ExecMode};
+
+pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
+    let resolved = Wishes::of_file(&args.options).check(&args.file)?;
+    if context.json {
+        let specs: Vec<&AppSpec> = resolved.iter().map(|app| &app.spec).collect();
+        let text = serde_json::to_string(&specs).map_err(std::io::Error::other)?;
+        return Ok(context.terminal.data_line(&text)?);
+    }
+    let terminal = &mut context.terminal;
+    for app in &resolved {
+        for warning in &app.warnings {
+            terminal.error_line("warning:", warning)?;
+        }
+        terminal.say(&summary(&app.spec))?;
+    }
+    terminal.say(&format!(
+        "{}: {}, no problems.",
+        args.file.display(),
+        words::count(resolved.len(), "app")
+    ))?;
+    Ok(())
+}
+
+/// "api: 2 instances (cluster) of node server.js in /srv/api, listens on 0.0.0.0:3000, reload without downtime".
+fn summary(spec: &AppSpec) -> String {
+    let mode = match spec.mode {
+        ExecMode::Fork => "fork",
+        ExecMode::Cluster => "cluster",
+    };
+    let command = &spec.command;
+    let script = command.script.display().to_string();
+    let line: Vec<String> = command
+        .interpreter
+        .iter()
+        .chain(&command.interpreter_args)
+        .chain([&script])
+        .chain(&command.args)
+        .map(|word| quote(word))
+        .collect();
+    let instances = words::count(usize::try_from(spec.instances).unwrap_or(usize::MAX), "instance");
+    let mut text =
+        format!("{}: {instances} ({mode}) of `{}` in {}", spec.name, line.join(" "), spec.cwd.display());
+    if !spec.listen.is_empty() {
+        let addresses: Vec<String> = spec.listen.iter().map(|listen| listen.address.to_string()).collect();
+        text.push_str(&format!(", listens on {}", addresses.join(", ")));
+    }
+    text.push_str(if spec.can_overlap() { ", reload without downtime" } else { ", reload means downtime" });
+    if !spec.autostart {
+        text.push_str(", not started until asked for by name");
+    }
+    text
+}

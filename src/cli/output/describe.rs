@@ -1,0 +1,234 @@
+//! Everything known about an instance, in sections.
+
+use std::io;
+use std::time::Duration;
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{ContentArrangement, Table};
+use jiff::tz::TimeZone;
+use owo_colors::Style;
+
+use super::{Look, Terminal, words};
+use crate::config::words as words_of_shell;
+use crate::ipc::protocol::{InstanceDetail, MASK};
+use crate::model::spec::{AppSpec, Balance, ExecMode, KillMode, Runtime, StopMethod};
+
+/// Prints one instance.
+///
+/// # Errors
+/// Standard output's.
+pub fn print(detail: &InstanceDetail, zone: &TimeZone, terminal: &mut Terminal) -> io::Result<()> {
+    let look = terminal.look();
+    let row = &detail.row;
+    title(&format!("Describing process with id {} - name {}", row.pm_id, row.app), terminal)?;
+    terminal.say(&pairs(&state(detail, zone), look))?;
+    title("Configuration", terminal)?;
+    terminal.say(&pairs(&configuration(&detail.spec), look))?;
+    if !detail.processes.is_empty() {
+        title("Processes", terminal)?;
+        let mut table = table(look);
+        table.set_header(["pid", "cpu", "rss", "pss", "command"]);
+        for process in &detail.processes {
+            table.add_row([
+                process.pid.to_string(),
+                words::percent(process.cpu),
+                words::bytes(process.rss),
+                words::bytes(process.pss),
+                process.command.clone(),
+            ]);
+        }
+        terminal.say(&table.to_string())?;
+    }
+    if !detail.draining.is_empty() {
+        title("Draining", terminal)?;
+        let mut table = table(look);
+        table.set_header(["generation", "pid", "killed in"]);
+        for older in &detail.draining {
+            table.add_row([
+                older.generation.to_string(),
+                older.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+                older.kill_in_ms.map_or_else(|| "-".to_owned(), words::millis),
+            ]);
+        }
+        terminal.say(&table.to_string())?;
+    }
+    if !detail.env.is_empty() {
+        title("Environment", terminal)?;
+        let shown = detail.env.iter().filter(|(_, value)| *value != MASK);
+        let shown: Vec<(&str, String)> = shown.map(|(key, value)| (key.as_str(), value.clone())).collect();
+        if !shown.is_empty() {
+            terminal.say(&pairs(&shown, look))?;
+        }
+        let hidden = detail.env.len() - shown.len();
+        if hidden > 0 {
+            let target = row.pm_id;
+            terminal.say(&format!(" {hidden} more, hidden here: `pm env {target}` prints them all"))?;
+        }
+    }
+    if !detail.notes.is_empty() {
+        title("Notes", terminal)?;
+        detail.notes.iter().try_for_each(|note| terminal.say(&format!(" - {note}")))?;
+    }
+    Ok(())
+}
+
+fn title(text: &str, terminal: &mut Terminal) -> io::Result<()> {
+    let text = terminal.on_out(text, Style::new().bold());
+    terminal.say(&format!(" {text}"))
+}
+
+fn table(look: Look) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED);
+    table.force_no_tty();
+    if let Some(width) = look.width {
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+    }
+    table
+}
+
+fn pairs(pairs: &[(&str, String)], look: Look) -> String {
+    let mut table = table(look);
+    for (key, value) in pairs {
+        table.add_row([key, value.as_str()]);
+    }
+    table.to_string()
+}
+
+fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)> {
+    let row = &detail.row;
+    let dash = || "-".to_owned();
+    let mut lines = vec![
+        (
+            "status",
+            match &row.note {
+                Some(note) => format!("{} ({note})", row.status),
+                None => row.status.to_string(),
+            },
+        ),
+        ("name", row.app.to_string()),
+        ("namespace", row.namespace.clone()),
+        ("slot", row.slot.to_string()),
+        ("generation", row.generation.map_or_else(dash, |generation| generation.to_string())),
+        ("pid", row.pid.map_or_else(dash, |pid| pid.to_string())),
+        ("restarts", row.restarts.to_string()),
+        ("unstable restarts", detail.unstable.to_string()),
+        ("uptime", row.uptime_ms.map_or_else(dash, words::uptime)),
+        ("created at", words::date(detail.created_ms, zone)),
+        ("started at", detail.started_ms.map_or_else(dash, |millis| words::date(millis, zone))),
+        ("ready after", detail.ready_after_ms.map_or_else(dash, words::millis)),
+        ("last exit", detail.last_exit.clone().unwrap_or_else(dash)),
+        ("cpu", row.cpu.map_or_else(dash, words::percent)),
+        ("memory", row.memory.map_or_else(dash, words::bytes)),
+        ("memory (pss)", detail.pss.map_or_else(dash, words::bytes)),
+        ("memory (rss)", detail.rss.map_or_else(dash, words::bytes)),
+        ("error log path", detail.error_file.display().to_string()),
+        ("out log path", detail.out_file.display().to_string()),
+    ];
+    if !row.listen.is_empty() {
+        lines.push(("listens on", row.listen.join("\n")));
+    }
+    lines
+}
+
+fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
+    let yes_no = |value: bool| if value { "yes" } else { "no" }.to_owned();
+    let time = |span: Duration| words::setting(span);
+    let command = &spec.command;
+    let mut lines = vec![
+        (
+            "from",
+            match &spec.origin {
+                Some(origin) => match &origin.env_name {
+                    Some(name) => format!("{} (env_{name})", origin.file.display()),
+                    None => origin.file.display().to_string(),
+                },
+                None => "command line".to_owned(),
+            },
+        ),
+        ("script path", command.script.display().to_string()),
+        ("script args", shown_args(&command.args)),
+        ("interpreter", command.interpreter.clone().unwrap_or_else(|| "none".to_owned())),
+        ("interpreter args", shown_args(&command.interpreter_args)),
+        ("exec cwd", spec.cwd.display().to_string()),
+        (
+            "exec mode",
+            match spec.mode {
+                ExecMode::Fork => "fork".to_owned(),
+                ExecMode::Cluster => "cluster".to_owned(),
+            },
+        ),
+        ("instances", spec.instances.to_string()),
+        (
+            "ready",
+            if spec.ready.wait_ready { "when the app says so" } else { "when it runs or listens" }.to_owned(),
+        ),
+        ("listen timeout", time(spec.ready.listen_timeout)),
+        (
+            "stops by",
+            if spec.stop.with_message {
+                "message \"shutdown\"".to_owned()
+            } else {
+                spec.stop.signal.to_string()
+            },
+        ),
+        ("kill timeout", time(spec.stop.timeout)),
+        (
+            "kill mode",
+            match spec.stop.mode {
+                KillMode::Target => "target",
+                KillMode::Group => "group",
+                KillMode::Main => "main",
+            }
+            .to_owned(),
+        ),
+        ("drain timeout", spec.stop.drain_timeout.map_or_else(|| "keep-alive timeout + 1s".to_owned(), time)),
+        ("autorestart", yes_no(spec.restart.autorestart)),
+        (
+            "restart delay",
+            spec.restart
+                .restart_delay
+                .map_or_else(|| format!("backoff from {}", time(spec.restart.backoff_base)), time),
+        ),
+        ("max restarts", spec.restart.max_restarts.to_string()),
+        ("min uptime", time(spec.restart.min_uptime)),
+        ("overlap at reload", yes_no(spec.can_overlap())),
+    ];
+    if matches!(spec.mode, ExecMode::Cluster) {
+        lines.push((
+            "balance",
+            match spec.balance {
+                Balance::RoundRobin => "round-robin",
+                Balance::Shared => "shared",
+            }
+            .to_owned(),
+        ));
+    }
+    if matches!(spec.command.runtime, Runtime::Node) {
+        lines.push(("agent", yes_no(spec.agent)));
+        let method = match spec.stop.method {
+            StopMethod::Signal => "signal",
+            StopMethod::Disconnect => "disconnect",
+        };
+        lines.push(("stop method", method.to_owned()));
+    }
+    if !spec.restart.stop_exit_codes.is_empty() {
+        let codes: Vec<String> = spec.restart.stop_exit_codes.iter().map(i32::to_string).collect();
+        lines.push(("stop exit codes", codes.join(", ")));
+    }
+    for listen in &spec.listen {
+        lines.push(("inherits", format!("{} as {}", listen.address, listen.name)));
+    }
+    for file in &spec.env.files {
+        lines.push(("env file", file.display().to_string()));
+    }
+    lines
+}
+
+/// Arguments as a shell would need them.
+fn shown_args(args: &[String]) -> String {
+    if args.is_empty() {
+        return "-".to_owned();
+    }
+    args.iter().map(|arg| words_of_shell::quote(arg)).collect::<Vec<_>>().join(" ")
+}

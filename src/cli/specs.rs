@@ -1,0 +1,241 @@
+//! From options and files of the command line to specs: the bridge to the config layer.
+
+use std::env;
+use std::path::Path;
+
+use super::args::{AppOptions, FileOptions};
+use super::error::CliError;
+use super::{Context, output::Terminal};
+use crate::config::app::Instances;
+use crate::config::error::{ConfigError, quoted};
+use crate::config::file::{self, Argument};
+use crate::config::listen::{BadAddress, ListenText};
+use crate::config::overrides::{self, Overrides};
+use crate::config::resolve::{self, Resolved};
+use crate::config::{paths, units, words};
+use crate::model::spec::{AppSpec, Balance, ExecMode};
+
+/// What the command line says beside the target.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    overrides: Overrides,
+    balance: Option<Balance>,
+    env_name: Option<String>,
+}
+
+impl Wishes {
+    /// Reads the options of `start`.
+    ///
+    /// # Errors
+    /// A value that is none, with the option's name.
+    pub fn new(app: &AppOptions, file: &FileOptions, args: &[String]) -> Result<Self, CliError> {
+        let balance = app.balance.as_deref().map(|text| match text {
+            "round-robin" => Ok(Balance::RoundRobin),
+            "shared" => Ok(Balance::Shared),
+            other => Err(bad("--balance", other, "expected round-robin or shared")),
+        });
+        let interpreter_args = app.interpreter_args.as_deref().map(|text| {
+            words::split(text).map_err(|error| bad("--interpreter-args", text, &error.to_string()))
+        });
+        let listen = app
+            .listen
+            .iter()
+            .map(|text| text.parse().map_err(|error: BadAddress| bad("--listen", text, &error.to_string())));
+        let flag = |on: bool| on.then_some(true);
+        let duration = |option: &str, text: &Option<String>| {
+            text.as_deref()
+                .map(|text| units::duration(text).map_err(|error| bad(option, text, &error.to_string())))
+                .transpose()
+        };
+        let overrides = Overrides {
+            name: app.name.clone(),
+            namespace: app.namespace.clone(),
+            only: names(file.only.as_deref()),
+            instances: parsed::<Instances>("--instances", app.instances.as_deref())?,
+            exec_mode: app.execute_command.then_some(ExecMode::Fork),
+            cwd: app.cwd.clone(),
+            interpreter: app.interpreter.clone(),
+            interpreter_args: interpreter_args.transpose()?,
+            args: (!args.is_empty()).then(|| args.to_vec()),
+            listen: listen.collect::<Result<Vec<ListenText>, CliError>>()?,
+            wait_ready: flag(app.wait_ready),
+            listen_timeout: duration("--listen-timeout", &app.listen_timeout)?,
+            kill_timeout: duration("--kill-timeout", &app.kill_timeout)?,
+            shutdown_with_message: flag(app.shutdown_with_message),
+            out_file: app.output.clone(),
+            error_file: app.error.clone(),
+            merge_logs: flag(app.merge_logs),
+            time: flag(app.time),
+            log_date_format: app.log_date_format.clone(),
+            max_restarts: parsed("--max-restarts", app.max_restarts.as_deref())?,
+            restart_delay: duration("--restart-delay", &app.restart_delay)?,
+            exp_backoff_restart_delay: duration(
+                "--exp-backoff-restart-delay",
+                &app.exp_backoff_restart_delay,
+            )?,
+            stop_exit_codes: exit_codes(&app.stop_exit_codes)?,
+            autorestart: app.no_autorestart.then_some(false),
+            autostart: app.no_autostart.then_some(false),
+            ..Overrides::default()
+        };
+        Ok(Self { overrides, balance: balance.transpose()?, env_name: file.env.clone() })
+    }
+
+    /// Only what chooses from a file.
+    #[must_use]
+    pub fn of_file(file: &FileOptions) -> Self {
+        let overrides = Overrides { only: names(file.only.as_deref()), ..Overrides::default() };
+        Self { overrides, balance: None, env_name: file.env.clone() }
+    }
+
+    /// Whether anything but `--only` and `--env` is set: something that an app that exists cannot take.
+    #[must_use]
+    pub fn change_an_app(&self) -> bool {
+        let Overrides { only, .. } = &self.overrides;
+        let rest = Overrides { only: only.clone(), ..Overrides::default() };
+        self.overrides != rest || self.balance.is_some()
+    }
+
+    /// Whether the name is given, and not taken from the script.
+    #[must_use]
+    pub const fn names_it(&self) -> bool {
+        self.overrides.name.is_some()
+    }
+
+    /// The specs of a config file. Warnings are printed.
+    ///
+    /// # Errors
+    /// Every problem of the file.
+    pub fn from_file(&self, path: &str, verb: &str, terminal: &mut Terminal) -> Result<FileSpecs, CliError> {
+        let failed = |error: &ConfigError| config_error(format!("cannot {verb} {path}"), error);
+        let context = self.context()?;
+        let file = file::load(Path::new(path), &context.cwd).map_err(|error| failed(&error))?;
+        let resolved =
+            resolve::resolve_file(&file, &self.overrides, &context).map_err(|error| failed(&error))?;
+        Ok(FileSpecs { apps: self.accept(resolved, terminal)?, start_parallelism: file.start_parallelism })
+    }
+
+    /// The spec of a script, binary or shell line. Warnings are printed.
+    ///
+    /// # Errors
+    /// Every problem with it.
+    pub fn from_target(&self, target: &str, terminal: &mut Terminal) -> Result<AppSpec, CliError> {
+        let resolved = overrides::command_line(target, &self.overrides, &self.context()?)
+            .map_err(|error| config_error(format!("cannot start {}", quoted(target)), &error))?;
+        let mut specs = self.accept(vec![resolved], terminal)?;
+        // One went in.
+        specs.pop().ok_or(CliError::WrongAnswer)
+    }
+
+    /// Everything that is wrong with a file, or what it would start.
+    ///
+    /// # Errors
+    /// All problems at once.
+    pub fn check(&self, path: &Path) -> Result<Vec<Resolved>, CliError> {
+        file::check(path, &self.overrides, &self.context()?)
+            .map_err(|error| config_error(format!("{} has problems", path.display()), &error))
+    }
+
+    fn accept(&self, resolved: Vec<Resolved>, terminal: &mut Terminal) -> Result<Vec<AppSpec>, CliError> {
+        let mut specs = Vec::with_capacity(resolved.len());
+        for Resolved { mut spec, warnings } in resolved {
+            for warning in warnings {
+                terminal.error_line("warning:", &warning)?;
+            }
+            if let Some(balance) = self.balance {
+                spec.balance = balance;
+            }
+            specs.push(spec);
+        }
+        Ok(specs)
+    }
+
+    fn context(&self) -> Result<resolve::Context, CliError> {
+        let real =
+            env::current_dir().map_err(|source| CliError::File { what: "find", path: ".".into(), source })?;
+        Ok(resolve::Context {
+            cwd: paths::logical_cwd(env::var_os("PWD").as_deref(), real),
+            home: env::var_os("HOME").map(Into::into),
+            path: env::var_os("PATH").unwrap_or_default(),
+            // Respects the affinity mask and the cgroup's quota.
+            cpus: std::thread::available_parallelism()
+                .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+            current_exe: env::current_exe().map_err(|source| CliError::File {
+                what: "find",
+                path: "/proc/self/exe".into(),
+                source,
+            })?,
+            env_name: self.env_name.clone(),
+        })
+    }
+}
+
+/// Whether a target is a config file, whatever exists.
+#[must_use]
+pub fn is_config(target: &str) -> bool {
+    matches!(file::classify(target), Argument::Config | Argument::ForeignConfig)
+}
+
+/// The names in `--only "a, b"`.
+fn names(only: Option<&str>) -> Vec<String> {
+    // Names may contain spaces; where there is a comma, only commas separate.
+    let text = only.unwrap_or_default();
+    let separators: &[char] = if text.contains(',') { &[','] } else { &[' '] };
+    text.split(separators).map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+fn exit_codes(texts: &[String]) -> Result<Option<Vec<i32>>, CliError> {
+    if texts.is_empty() {
+        return Ok(None);
+    }
+    let words = texts.iter().flat_map(|text| text.split([',', ' '])).filter(|word| !word.is_empty());
+    let code = |word: &str| match word.parse::<i32>() {
+        Ok(code) if (0..=255).contains(&code) => Ok(code),
+        _ => Err(bad("--stop-exit-codes", word, "expected exit codes from 0 to 255, as in 0,2")),
+    };
+    words.map(code).collect::<Result<Vec<i32>, CliError>>().map(Some)
+}
+
+fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(
+    option: &str,
+    text: Option<&str>,
+) -> Result<Option<T>, CliError> {
+    text.map(|text| text.parse().map_err(|error: T::Err| bad(option, text, &error.to_string()))).transpose()
+}
+
+fn bad(option: &str, text: &str, why: &str) -> CliError {
+    CliError::Usage {
+        message: format!("{option} {} is no value", quoted(text)),
+        cause: Some(why.to_owned()),
+        hint: None,
+    }
+}
+
+fn config_error(summary: String, error: &ConfigError) -> CliError {
+    CliError::Config { summary, problems: error.to_string().split("\n\n").map(str::to_owned).collect() }
+}
+
+/// The caller's environment, as it is kept with an app.
+#[must_use]
+pub fn shell() -> std::collections::BTreeMap<String, String> {
+    crate::store::environment::shell_snapshot(env::vars_os())
+}
+
+/// What a config file says.
+#[derive(Debug)]
+pub struct FileSpecs {
+    /// Its apps.
+    pub apps: Vec<AppSpec>,
+    /// How many instances may launch at once, if it says so.
+    pub start_parallelism: Option<u32>,
+}
+
+impl Context {
+    /// Reads a config file with the choices of `--only` and `--env`.
+    ///
+    /// # Errors
+    /// Every problem of the file.
+    pub fn specs_of(&mut self, path: &str, options: &FileOptions, verb: &str) -> Result<FileSpecs, CliError> {
+        Wishes::of_file(options).from_file(path, verb, &mut self.terminal)
+    }
+}
