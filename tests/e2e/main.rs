@@ -1,0 +1,32 @@
+//! The real daemon with real processes: each module a subject, each test a sentence.
+//!
+//! Every test has a home of its own and leaves no process behind (`support::home`); waiting has deadlines
+//! (`support::wait`); tests that put load on or measure time have the machine to themselves (`support::machine`).
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that cannot go on has failed, and says why"
+)]
+
+mod bad_input;
+mod config_keys;
+mod crash;
+mod crash_daemon;
+mod daemon;
+mod env;
+mod harness;
+mod jlist_format;
+mod limits;
+mod logs;
+mod node_apps;
+mod numbers;
+mod ready;
+mod reload;
+mod restart_policy;
+mod save_resurrect;
+mod serve;
+mod start_list;
+mod support;
+mod surprises;
+mod targets;
+mod trees;

@@ -1,0 +1,42 @@
+//! What every end-to-end test stands on: a home of its own that cleans up, waiting, processes, load, Node versions.
+
+pub(crate) mod genuine;
+pub(crate) mod home;
+pub(crate) mod load;
+pub(crate) mod machine;
+pub(crate) mod node;
+pub(crate) mod process;
+pub(crate) mod wait;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub(crate) use home::{Home, Row, Run};
+pub(crate) use wait::{stays, wait_until};
+
+/// For things that take milliseconds on an idle machine, and seconds on a loaded one.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// For a handful of Node starts on a loaded machine.
+pub(crate) const PATIENT: Duration = Duration::from_secs(30);
+
+pub(crate) fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+pub(crate) fn millis(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A program below `tests/fixtures/apps`.
+pub(crate) fn fixture(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/apps").join(name);
+    assert!(path.is_file(), "no fixture {}", path.display());
+    path.to_str().expect("the repository's path is UTF-8").to_owned()
+}
+
+/// A port nobody listens on at the moment, from the kernel.
+pub(crate) fn free_port() -> u16 {
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+    probe.local_addr().expect("its address").port()
+}
