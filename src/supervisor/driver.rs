@@ -43,7 +43,7 @@ use crate::model::spelling;
 use crate::model::status::Status;
 use crate::policy::fleet::Fleet;
 use crate::policy::target::{self, NoTarget};
-use crate::policy::vocabulary::{Action, Command, Event, Outcome, SaveId, Selected, Verb};
+use crate::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Verb};
 use crate::store::state::{Shell, State, StateStore};
 use crate::sys::tree::worker::TreeEvent;
 use crate::sys::{clock, watch};
@@ -76,6 +76,10 @@ pub enum Input {
     },
 }
 
+/// How long an answer waits for the last words of a run that failed: as long as it takes to read two full pipes, and
+/// not as long as something that the run left behind may keep them open.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+
 /// Why a supervisor cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DriverError {
@@ -102,6 +106,8 @@ pub struct Driver {
     shells: BTreeMap<AppName, Shell>,
     /// Actions that wait for a save, oldest first.
     held: VecDeque<(SaveId, Vec<Action>)>,
+    /// Outcomes that wait for the last words of a run, until then at most.
+    unsaid: Vec<(OpId, Outcome, Moment)>,
     /// What the fleet decided in this turn of the loop, a list for each event.
     decided: VecDeque<Vec<Action>>,
     /// Events that effects raised at once.
@@ -154,6 +160,7 @@ impl Driver {
             kills,
             shells,
             held: VecDeque::new(),
+            unsaid: Vec::new(),
             decided: VecDeque::new(),
             raised: VecDeque::new(),
             dump,
@@ -184,7 +191,8 @@ impl Driver {
         }
         self.settle();
         while !self.quitting {
-            let deadline = self.fleet.next_deadline().map(instant_of);
+            let words = self.unsaid.iter().map(|(_, _, until)| *until).min();
+            let deadline = self.fleet.next_deadline().into_iter().chain(words).min().map(instant_of);
             tokio::select! {
                 biased;
                 // An exit outranks a grace period that has just run out: a worker that left in time must not be
@@ -239,6 +247,7 @@ impl Driver {
             }
         }
         let now = clock::now();
+        self.answer_ended(now, self.quitting);
         self.operations.end_inherited(now, &self.fleet);
         self.world.record(now, &self.fleet, &self.operations);
     }
@@ -309,11 +318,29 @@ impl Driver {
     }
 
     fn end(&mut self, op: OpId, outcome: Outcome) {
-        if op == OWN_OP {
-            return;
+        if op != OWN_OP {
+            self.unsaid.push((op, outcome, clock::now() + LAST_WORDS));
         }
-        let ended = operation_view(outcome, &self.world);
-        self.operations.end(clock::now(), op, ended);
+    }
+
+    /// Answers what can be answered: the last words of a run that failed may still be on their way through its pipes.
+    fn answer_ended(&mut self, now: Moment, all: bool) {
+        let waits = |outcome: &Outcome| {
+            let Outcome::Failed { apps } = outcome else { return false };
+            apps.iter().any(|(_, outcome)| match outcome {
+                AppOutcome::Failed { id, .. } => self.world.is_being_read(id),
+                _ => false,
+            })
+        };
+        let ready: Vec<bool> =
+            self.unsaid.iter().map(|(_, outcome, until)| all || now >= *until || !waits(outcome)).collect();
+        for (index, ready) in ready.into_iter().enumerate().rev() {
+            if ready {
+                let (op, outcome, _) = self.unsaid.remove(index);
+                let ended = operation_view(outcome, &self.world);
+                self.operations.end(now, op, ended);
+            }
+        }
     }
 
     fn told_by_keeper(&mut self, message: FromKeeper) {

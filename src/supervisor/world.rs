@@ -649,6 +649,12 @@ impl World {
         self.home.pids_dir().join(format!("{}-{pm_id}.pid", app.file_stem()))
     }
 
+    /// Whether the main process of this run has ended, and what it wrote is not all read yet.
+    #[must_use]
+    pub fn is_being_read(&self, id: &InstanceId) -> bool {
+        self.runs.get(id).is_some_and(|run| run.end.exited)
+    }
+
     /// What people should know about the effects.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
