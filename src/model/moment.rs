@@ -40,6 +40,12 @@ impl Add<Duration> for Moment {
     }
 }
 
+/// A span in whole milliseconds; `u64::MAX` for one that is longer than that can say.
+#[must_use]
+pub fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,6 +10,7 @@ use serde_json::value::{RawValue, to_raw_value};
 
 use super::publish::{Numbers, SlotInfo};
 use crate::ipc::protocol::{MASK, ProcessView};
+use crate::model::moment::millis;
 use crate::model::spec::ExecMode;
 use crate::model::status::Status;
 use crate::policy::vocabulary::RunView;
@@ -220,10 +221,6 @@ impl Serialize for Environment<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().copied())
     }
-}
-
-fn millis(span: std::time::Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What PM2 has no words for.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::ipc::protocol::{AppResult, Failure, OperationView, Refused, StepKind as StepWords, StepView};
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, Slot};
+use crate::model::moment::millis;
 use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Step, StepKind};
 
 /// What the texts need beyond the outcome itself.
@@ -34,10 +35,6 @@ pub fn step_view(step: Step) -> StepView {
         StepKind::Failed { reason } => StepWords::Failed { reason: reason.to_string() },
     };
     StepView { app: id.app, pm_id, slot: id.slot, generation: id.generation, step }
-}
-
-fn millis(span: Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A result in the words of the protocol: what was done, or why nothing was.

@@ -21,7 +21,7 @@ use crate::metrics::host::HostSampler;
 use crate::metrics::sample::Sampler;
 use crate::model::exit::ExitReason;
 use crate::model::id::InstanceId;
-use crate::model::moment::Moment;
+use crate::model::moment::{Moment, millis};
 use crate::model::spec::{AppSpec, ExecMode};
 use crate::model::status::Status;
 use crate::policy::vocabulary::{RunView, SlotView};
@@ -340,8 +340,4 @@ fn weaker_promises(spec: &AppSpec) -> Vec<String> {
         );
     }
     notes
-}
-
-fn millis(span: Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }

@@ -5,7 +5,7 @@
 //! channel, the third source, belongs to the dispatcher.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram as StdDatagram};
 use std::path::{Path, PathBuf};
@@ -114,12 +114,4 @@ pub fn listen_pipe(
         }
     });
     Ok(task.abort_handle())
-}
-
-/// Another descriptor of the same socket, for the keeper.
-///
-/// # Errors
-/// EMFILE.
-pub fn share(fd: &impl AsFd) -> io::Result<OwnedFd> {
-    fd.as_fd().try_clone_to_owned()
 }

@@ -31,7 +31,7 @@ use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{LogEvent, LogHandle};
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, PmId};
-use crate::model::moment::Moment;
+use crate::model::moment::{Moment, millis};
 use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
 use crate::policy::fleet::{AppView, Fleet};
@@ -766,8 +766,4 @@ fn reason_of(status: WaitStatus) -> ExitReason {
 
 fn boot_ms_now() -> u64 {
     clock::wall_millis().saturating_sub(clock::now().nanos() / 1_000_000)
-}
-
-fn millis(span: Duration) -> u64 {
-    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
