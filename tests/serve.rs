@@ -241,24 +241,23 @@ fn listen_fds_of_another_process_are_left_alone() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let args = [text(dir.path()), "--host", "127.0.0.1", "--port", "0"];
     // $$ is the outer shell's; the server is another process.
-    let script = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; \"$0\" --exact the_server --nocapture & \
-                  echo pid $!; wait";
+    let script = "exec 3<&0 0</dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; \"$0\" --exact the_server --nocapture & wait";
     let mut command = Command::new("sh");
     command.args(["-c", script]).arg(std::env::current_exe().unwrap()).env("PM_TEST_SERVE", args.join("\n"));
     command.stdin(std::os::fd::OwnedFd::from(listener.try_clone().unwrap())).stdout(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    let (mut text, mut pid) = (String::new(), None);
+    let mut text = String::new();
     while !text.contains("http://") {
         text.clear();
         assert_ne!(stdout.read_line(&mut text).unwrap(), 0);
-        if let Some(number) = text.trim().strip_prefix("pid ") {
-            pid = number.parse().ok();
-        }
     }
     let inherited = listener.local_addr().unwrap().to_string();
     assert!(!text.contains(&inherited), "{text}");
-    kill(Pid::from_raw(pid.unwrap()), Signal::SIGTERM).unwrap();
+    // The server names its own pid: the shell's words would land anywhere among those of the test harness.
+    let (_, rest) = text.split_once("pid ").unwrap();
+    let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    kill(Pid::from_raw(rest[..digits].parse().unwrap()), Signal::SIGTERM).unwrap();
     child.wait().unwrap();
 }
 
