@@ -13,12 +13,15 @@ use pm::config::error::ConfigError;
 use pm::config::file::{self, Argument};
 use pm::config::listen::TABLE_KEYS;
 use pm::config::overrides::{Overrides, command_line};
+use pm::config::probe;
 use pm::config::resolve::{Context, Resolved, resolve_file};
 use pm::config::schema::{FILE_KEYS, KEYS};
 use pm::config::template;
+use pm::model::id::AppName;
 use pm::model::signal::Signal;
 use pm::model::spec::{
-    AppSpec, Balance, ExecMode, KillMode, ListenAddress, OnFailure, Runtime, Stdin, StopMethod,
+    AppSpec, Balance, Check, Dependency, ExecMode, KillMode, ListenAddress, OnFailure, Runtime, Share, Stdin,
+    StopMethod, Strategy,
 };
 
 /// A directory with a few scripts and a PATH of its own, so that no test depends on what the machine has installed.
@@ -146,8 +149,8 @@ fn an_app_with_a_script_alone_gets_the_documented_defaults() {
     assert_eq!((spec.restart.min_uptime, spec.restart.restart_delay), (millis(1000), None));
     assert_eq!((spec.restart.backoff_base, spec.restart.backoff_reset), (millis(100), millis(30_000)));
     assert!(spec.restart.stop_exit_codes.is_empty());
-    assert_eq!((spec.reload.max_surge, spec.reload.max_unavailable), (1, 0));
-    assert_eq!((spec.reload.on_failure, spec.reload.overlap), (OnFailure::Abort, None));
+    assert_eq!((spec.reload.max_surge, spec.reload.max_unavailable), (Share::Count(1), Share::Count(0)));
+    assert_eq!((spec.reload.on_failure, spec.reload.overlap), (OnFailure::Rollback, None));
     assert_eq!((spec.logs.out_file, spec.logs.error_file), (None, None));
     assert_eq!((spec.logs.merge, spec.logs.date_format), (None, None));
     assert!(spec.agent && spec.autostart);
@@ -232,8 +235,53 @@ const EFFECTS: &[Effect] = &[
     ("drain_timeout = '2s'", |_, s| s.stop.drain_timeout == Some(millis(2000))),
     ("agent = false", |_, s| !s.agent && !s.has_agent()),
     ("strategy = 'rolling'", |_, _| true),
-    ("max_surge = 2", |_, s| s.reload.max_surge == 2),
-    ("max_unavailable = 1\nmax_surge = 0", |_, s| s.reload.max_unavailable == 1 && s.reload.max_surge == 0),
+    ("max_surge = 2", |_, s| s.reload.max_surge == Share::Count(2)),
+    ("max_surge = '25%'", |_, s| s.reload.max_surge == Share::Percent(25)),
+    ("max_unavailable = 1\nmax_surge = 0", |_, s| {
+        (s.reload.max_unavailable, s.reload.max_surge) == (Share::Count(1), Share::Count(0))
+    }),
+    ("max_draining = 2", |_, s| s.reload.max_draining == Some(2)),
+    ("min_healthy = '5s'", |_, s| s.reload.min_healthy == millis(5_000)),
+    ("strategy = 'blue-green'", |_, s| s.reload.strategy == Strategy::BlueGreen),
+    ("reserve = false", |_, s| !s.reload.reserve),
+    ("drain_websockets = true", |_, s| s.stop.drain_websockets),
+    ("balance = 'least-connections'", |_, s| s.balance == Balance::LeastConnections),
+    ("balance = 'sticky'", |_, s| s.balance == Balance::Sticky),
+    ("balance = 'slots'", |_, s| s.balance == Balance::Slots),
+    ("ready = { http = 'http://127.0.0.1:{PORT}/r', threshold = 2 }", |_, s| {
+        let probe = s.ready.probe.as_ref().unwrap();
+        (&probe.check, probe.threshold) == (&Check::Http("http://127.0.0.1:{PORT}/r".to_owned()), 2)
+            && (probe.interval, probe.timeout) == (millis(1_000), millis(2_000))
+    }),
+    ("ready = { log = 'listening on \\d+' }", |_, s| {
+        s.ready.probe.as_ref().unwrap().check == Check::Log(r"listening on \d+".to_owned())
+    }),
+    (
+        "health = { exec = 'sh -c \"exit 0\"', interval = 500, timeout = '1s', start_period = '1m' }",
+        |_, s| {
+            let probe = s.health.as_ref().unwrap();
+            probe.check == Check::Exec(strings(&["sh", "-c", "exit 0"]))
+                && (probe.interval, probe.timeout) == (millis(500), millis(1_000))
+                && (probe.threshold, probe.start_period) == (3, millis(60_000))
+        },
+    ),
+    ("health = { tcp = '127.0.0.1:80' }", |_, s| {
+        s.health.as_ref().unwrap().check == Check::Tcp("127.0.0.1:80".to_owned())
+    }),
+    ("pre_start = ['./migrate', '--all']", |_, s| {
+        let hook = s.hooks.pre_start.as_ref().unwrap();
+        hook.argv == strings(&["./migrate", "--all"]) && hook.timeout == millis(60_000)
+    }),
+    ("pre_reload = { run = 'npm run build', timeout = '5m' }", |_, s| {
+        let hook = s.hooks.pre_reload.as_ref().unwrap();
+        hook.argv == strings(&["npm", "run", "build"]) && hook.timeout == millis(300_000)
+    }),
+    ("post_stop = './cleanup'", |_, s| s.hooks.post_stop.as_ref().unwrap().argv == strings(&["./cleanup"])),
+    ("depends_on = ['db']", |_, s| s.depends_on == [(AppName::new("db").unwrap(), Dependency::Ready)].into()),
+    ("depends_on = { db = 'started' }", |_, s| {
+        s.depends_on == [(AppName::new("db").unwrap(), Dependency::Started)].into()
+    }),
+    ("on_errored = './page'", |_, s| s.hooks.on_errored.as_ref().unwrap().argv == strings(&["./page"])),
     ("on_failure = 'abort'", |_, s| s.reload.on_failure == OnFailure::Abort),
     ("overlap = true", |_, s| s.reload.overlap == Some(true) && s.can_overlap()),
     ("min_uptime = '5s'", |_, s| s.restart.min_uptime == millis(5000)),
@@ -275,10 +323,31 @@ fn no_key_is_without_a_test_of_its_effect() {
 }
 
 #[test]
-fn keys_with_one_value_refuse_others() {
+fn mistakes_in_tables_say_what_would_work() {
     let place = Place::new();
-    assert!(place.error("strategy = 'blue-green'").contains("use \"rolling\""));
-    assert!(place.error("on_failure = 'rollback'").contains("use \"abort\""));
+    for (line, expected) in [
+        ("strategy = 'canary'", "use \"rolling\" or \"blue-green\""),
+        ("max_surge = '120%'", "a percentage such as \"25%\" (up to 100%)"),
+        ("max_unavailable = 'half'", "a percentage such as \"25%\""),
+        ("max_surge = '0%'", "could replace nothing"),
+        ("ready = 'http://127.0.0.1'", "expected a table such as { http ="),
+        ("ready = { interval = 100 }", "a probe needs one of http, tcp, exec or log"),
+        ("ready = { http = '/a', tcp = '1' }", "a probe asks one thing"),
+        ("ready = { log = '(' }", "no regular expression"),
+        ("ready = { htp = '/a' }", "did you mean `http`?"),
+        ("ready = { log = 'x', start_period = 1 }", "`start_period` is for `health` only"),
+        ("health = { log = 'x' }", "`log` is for `ready` only"),
+        ("health = { tcp = '80', threshold = 0 }", "out of range; allowed: 1 to 1000"),
+        ("pre_start = []", "a hook needs a program to run"),
+        ("pre_reload = { timeout = 5 }", "a hook needs `run`"),
+        ("post_stop = { run = 'true', timout = 5 }", "did you mean `timeout`?"),
+        ("depends_on = { db = 'up' }", "use \"ready\" or \"started\""),
+        ("depends_on = ['all']", "cannot be the name of an app"),
+        ("name = 'api'\ndepends_on = ['api']", "an app cannot depend on itself"),
+    ] {
+        let error = place.error(line);
+        assert!(error.contains(expected), "{line}: {error}");
+    }
 }
 
 #[test]
@@ -714,6 +783,17 @@ fn the_reference_lists_every_key() {
         "docs/config.md",
         "<!-- listener keys: written by tests/config.rs -->\n",
         Some("<!-- end of listener keys -->"),
+        &format!("{table}\n"),
+    );
+
+    let mut table = String::from("\n| key | meaning |\n| --- | --- |\n");
+    for (key, meaning) in probe::TABLE_KEYS {
+        table += &format!("| `{key}` | {} |\n", cell(meaning));
+    }
+    keep_part(
+        "docs/config.md",
+        "<!-- probe keys: written by tests/config.rs -->\n",
+        Some("<!-- end of probe keys -->"),
         &format!("{table}\n"),
     );
 }

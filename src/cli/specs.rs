@@ -29,10 +29,12 @@ impl Wishes {
     /// # Errors
     /// A value that is none, with the option's name.
     pub fn new(app: &AppOptions, file: &FileOptions, args: &[String]) -> Result<Self, CliError> {
-        let balance = app.balance.as_deref().map(|text| match text {
-            "round-robin" => Ok(Balance::RoundRobin),
-            "shared" => Ok(Balance::Shared),
-            other => Err(bad("--balance", other, "expected round-robin or shared")),
+        let balance = app.balance.as_deref().map(|text| {
+            let known = Balance::NAMES.iter().find(|(name, _)| *name == text);
+            known.map(|(_, balance)| *balance).ok_or_else(|| {
+                let names = Balance::NAMES.map(|(name, _)| name).join(", ");
+                bad("--balance", text, &format!("expected one of {names}"))
+            })
         });
         let interpreter_args = app.interpreter_args.as_deref().map(|text| {
             words::split(text).map_err(|error| bad("--interpreter-args", text, &error.to_string()))

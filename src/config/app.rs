@@ -6,7 +6,9 @@ use std::time::Duration;
 use super::error::{At, Place};
 use super::listen::ListenConfig;
 use crate::model::signal::Signal;
-use crate::model::spec::{Balance, ExecMode, KillMode, OnFailure, Stdin, StopMethod};
+use crate::model::spec::{
+    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Probe, Share, Stdin, StopMethod, Strategy,
+};
 
 /// Environment variables by name.
 pub type Variables = BTreeMap<String, String>;
@@ -90,8 +92,8 @@ pub struct AppConfig {
     pub shutdown_with_message: Option<At<bool>>,
     pub drain_timeout: Option<At<Duration>>,
     pub agent: Option<bool>,
-    pub max_surge: Option<At<u32>>,
-    pub max_unavailable: Option<At<u32>>,
+    pub max_surge: Option<At<Share>>,
+    pub max_unavailable: Option<At<Share>>,
     pub on_failure: Option<OnFailure>,
     pub overlap: Option<bool>,
     pub min_uptime: Option<Duration>,
@@ -108,6 +110,18 @@ pub struct AppConfig {
     pub time: Option<bool>,
     pub log_date_format: Option<String>,
     pub stdin: Option<Stdin>,
+    pub health: Option<At<Probe>>,
+    pub ready: Option<At<Probe>>,
+    pub pre_start: Option<Hook>,
+    pub pre_reload: Option<Hook>,
+    pub post_stop: Option<Hook>,
+    pub on_errored: Option<Hook>,
+    pub depends_on: BTreeMap<String, At<Dependency>>,
+    pub strategy: Option<Strategy>,
+    pub min_healthy: Option<Duration>,
+    pub max_draining: Option<u32>,
+    pub reserve: Option<bool>,
+    pub drain_websockets: Option<bool>,
 }
 
 impl AppConfig {
@@ -161,6 +175,18 @@ impl AppConfig {
             time: None,
             log_date_format: None,
             stdin: None,
+            health: None,
+            ready: None,
+            pre_start: None,
+            pre_reload: None,
+            post_stop: None,
+            on_errored: None,
+            depends_on: BTreeMap::new(),
+            strategy: None,
+            min_healthy: None,
+            max_draining: None,
+            reserve: None,
+            drain_websockets: None,
         }
     }
 

@@ -14,6 +14,7 @@ pub mod file;
 pub mod listen;
 pub mod overrides;
 pub mod paths;
+pub mod probe;
 pub mod resolve;
 pub mod schema;
 pub mod template;

@@ -2,6 +2,7 @@
 //! checked before something starts.
 
 use crate::model::spelling;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,19 +13,11 @@ use super::file::File;
 use super::overrides::Overrides;
 use super::{command, listen, paths};
 use crate::model::id::AppName;
-use crate::model::signal::Signal;
 use crate::model::spec::{
-    AppSpec, Balance, CommandSpec, EnvSpec, ExecMode, KillMode, ListenSpec, LogRules, OnFailure, Origin,
-    ReadyRules, ReloadRules, RestartRules, Runtime, Stdin, StopMethod, StopRules,
+    AppSpec, Balance, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
+    ReadyRules, ReloadRules, RestartRules, Runtime, Stdin, StopRules,
 };
 
-// The defaults of the documentation; `model::spec` states them too.
-const LISTEN_TIMEOUT: Duration = Duration::from_secs(30);
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-const MIN_UPTIME: Duration = Duration::from_secs(1);
-const BACKOFF_BASE: Duration = Duration::from_millis(100);
-const BACKOFF_RESET: Duration = Duration::from_secs(30);
-const MAX_RESTARTS: u32 = 16;
 /// What `time = true` stands for.
 const TIME_FORMAT: &str = "YYYY-MM-DDTHH:mm:ss";
 
@@ -239,6 +232,7 @@ pub(super) fn resolve(
         warnings.push(doubt.line(source));
     }
 
+    let depends_on = dependencies(app, &mut problems);
     let stop = keep(stop(app), &mut problems);
     let reload = keep(reload(app), &mut problems);
     if let Some(var) = &app.increment_var
@@ -273,14 +267,19 @@ pub(super) fn resolve(
         },
         listen: listeners.iter().map(|listener| listener.value.clone()).collect(),
         balance: app.balance.unwrap_or(Balance::RoundRobin),
-        ready: ReadyRules {
-            wait_ready: app.wait_ready.unwrap_or(false),
-            listen_timeout: app.listen_timeout.unwrap_or(LISTEN_TIMEOUT),
-        },
+        ready: ready(app),
         stop,
         restart: restart(app),
         reload,
         logs: logs(app, &within),
+        health: app.health.as_ref().map(|probe| probe.value.clone()),
+        hooks: Hooks {
+            pre_start: app.pre_start.clone(),
+            pre_reload: app.pre_reload.clone(),
+            post_stop: app.post_stop.clone(),
+            on_errored: app.on_errored.clone(),
+        },
+        depends_on,
         agent: app.agent.unwrap_or(true),
         stdin: app.stdin.unwrap_or(Stdin::Pipe),
         autostart: app.autostart.unwrap_or(true),
@@ -411,8 +410,35 @@ fn port_clash(app: &AppConfig, env: &Variables, mode: ExecMode, instances: u32) 
     ))
 }
 
+fn ready(app: &AppConfig) -> ReadyRules {
+    let default = ReadyRules::default();
+    ReadyRules {
+        wait_ready: app.wait_ready.unwrap_or(default.wait_ready),
+        listen_timeout: app.listen_timeout.unwrap_or(default.listen_timeout),
+        probe: app.ready.as_ref().map(|probe| probe.value.clone()),
+    }
+}
+
+fn dependencies(app: &AppConfig, problems: &mut Vec<Problem>) -> BTreeMap<AppName, Dependency> {
+    let own = app.display_name();
+    let one = |(text, at): (&String, &At<Dependency>)| match AppName::new(text) {
+        Ok(name) if own.as_deref() != Some(text) => Some((name, at.value)),
+        Ok(_) => {
+            problems.push(Problem::new(at.place.clone(), "an app cannot depend on itself"));
+            None
+        }
+        Err(error) => {
+            let message = format!("{} cannot be the name of an app: {error}", quoted(text));
+            problems.push(Problem::new(at.place.clone(), message));
+            None
+        }
+    };
+    app.depends_on.iter().filter_map(one).collect()
+}
+
 fn stop(app: &AppConfig) -> Result<StopRules, Problem> {
-    let timeout = app.kill_timeout.as_ref().map_or(KILL_TIMEOUT, |timeout| timeout.value);
+    let default = StopRules::default();
+    let timeout = app.kill_timeout.as_ref().map_or(default.timeout, |timeout| timeout.value);
     if let Some(drain) = &app.drain_timeout
         && drain.value > timeout
     {
@@ -427,19 +453,21 @@ fn stop(app: &AppConfig) -> Result<StopRules, Problem> {
         });
     }
     Ok(StopRules {
-        signal: app.kill_signal.unwrap_or(Signal::INT),
+        signal: app.kill_signal.unwrap_or(default.signal),
         timeout,
-        mode: app.kill_mode.unwrap_or(KillMode::Target),
-        method: app.stop_method.unwrap_or(StopMethod::Signal),
+        mode: app.kill_mode.unwrap_or(default.mode),
+        method: app.stop_method.unwrap_or(default.method),
         with_message: app.shutdown_with_message.as_ref().is_some_and(|with| with.value),
         drain_timeout: app.drain_timeout.as_ref().map(|drain| drain.value),
+        drain_websockets: app.drain_websockets.unwrap_or(default.drain_websockets),
     })
 }
 
 fn reload(app: &AppConfig) -> Result<ReloadRules, Problem> {
-    let max_surge = app.max_surge.as_ref().map_or(1, |at| at.value);
-    let max_unavailable = app.max_unavailable.as_ref().map_or(0, |at| at.value);
-    if max_surge == 0 && max_unavailable == 0 {
+    let default = ReloadRules::default();
+    let max_surge = app.max_surge.as_ref().map_or(default.max_surge, |at| at.value);
+    let max_unavailable = app.max_unavailable.as_ref().map_or(default.max_unavailable, |at| at.value);
+    if max_surge.is_none() && max_unavailable.is_none() {
         let surge = app.max_surge.as_ref().map_or(&app.place, |at| &at.place);
         let problem = Problem::new(
             surge.clone(),
@@ -452,23 +480,28 @@ fn reload(app: &AppConfig) -> Result<ReloadRules, Problem> {
         });
     }
     Ok(ReloadRules {
+        strategy: app.strategy.unwrap_or(default.strategy),
         max_surge,
         max_unavailable,
-        on_failure: app.on_failure.unwrap_or(OnFailure::Abort),
+        min_healthy: app.min_healthy.unwrap_or(default.min_healthy),
+        max_draining: app.max_draining.or(default.max_draining),
+        on_failure: app.on_failure.unwrap_or(default.on_failure),
+        reserve: app.reserve.unwrap_or(default.reserve),
         overlap: app.overlap,
     })
 }
 
 fn restart(app: &AppConfig) -> RestartRules {
     let set = |span: Option<Duration>| span.filter(|span| !span.is_zero());
+    let default = RestartRules::default();
     RestartRules {
-        autorestart: app.autorestart.unwrap_or(true),
-        max_restarts: app.max_restarts.unwrap_or(MAX_RESTARTS),
-        min_uptime: app.min_uptime.unwrap_or(MIN_UPTIME),
+        autorestart: app.autorestart.unwrap_or(default.autorestart),
+        max_restarts: app.max_restarts.unwrap_or(default.max_restarts),
+        min_uptime: app.min_uptime.unwrap_or(default.min_uptime),
         // 0 is PM2's way to write "none" for both.
         restart_delay: set(app.restart_delay),
-        backoff_base: set(app.exp_backoff_restart_delay).unwrap_or(BACKOFF_BASE),
-        backoff_reset: app.backoff_reset.unwrap_or(BACKOFF_RESET),
+        backoff_base: set(app.exp_backoff_restart_delay).unwrap_or(default.backoff_base),
+        backoff_reset: app.backoff_reset.unwrap_or(default.backoff_reset),
         stop_exit_codes: app.stop_exit_codes.clone().unwrap_or_default(),
     }
 }

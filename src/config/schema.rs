@@ -3,19 +3,25 @@
 //! This table is the only list of keys: the reader, "did you mean", docs/config.md and ecosystem.example.toml are
 //! made from it or checked against it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::app::{AppConfig, INSTANCES_MAX, Instances, Variables};
 use super::error::{At, Place, Problem, quoted};
 use super::value::Value;
-use super::{listen, unknown};
+use super::{listen, probe, unknown};
 use crate::model::signal::Signal;
-use crate::model::spec::{Balance, ExecMode, KillMode, OnFailure, Stdin, StopMethod};
+use crate::model::spec::{
+    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Share, Stdin, StopMethod, Strategy,
+};
 
 /// No timeout or delay is longer.
 const DAY: Duration = Duration::from_secs(86_400);
 /// The backoff never waits longer between two restarts.
 const BACKOFF_MAX: Duration = Duration::from_secs(15);
+
+/// How long a hook may take unless it says so.
+const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// One key of an app.
 #[derive(Debug)]
@@ -70,7 +76,7 @@ macro_rules! set {
 }
 
 /// Every key, in the order of the documentation.
-pub static KEYS: [Key; 46] = [
+pub static KEYS: [Key; 57] = [
     Key {
         name: "name",
         aliases: &[],
@@ -169,11 +175,11 @@ pub static KEYS: [Key; 46] = [
     Key {
         name: "balance",
         aliases: &[],
-        takes: "\"round-robin\" or \"shared\"",
+        takes: "\"round-robin\", \"least-connections\", \"sticky\", \"shared\" or \"slots\"",
         default: "\"round-robin\"",
         example: "\"shared\"",
-        meaning: "How connections reach Node cluster workers: in turn among free ones, or accepted by them from one socket.",
-        read: set!(balance, v => v.one_of(&[("round-robin", Balance::RoundRobin), ("shared", Balance::Shared)])?),
+        meaning: "How connections reach Node cluster workers: in turn among free ones, to the one with the fewest, by client address, accepted by them from one socket, or from a socket for each slot.",
+        read: set!(balance, v => v.one_of(&Balance::NAMES)?),
     },
     Key {
         name: "env",
@@ -325,40 +331,76 @@ pub static KEYS: [Key; 46] = [
         read: set!(agent, v => v.boolean()?),
     },
     Key {
+        name: "drain_websockets",
+        aliases: &[],
+        takes: "boolean",
+        default: "false",
+        example: "true",
+        meaning: "Send websocket clients a close frame (1001, going away) when a drain begins; false leaves them until `kill_timeout`.",
+        read: set!(drain_websockets, v => v.boolean()?),
+    },
+    Key {
         name: "strategy",
         aliases: &[],
-        takes: "\"rolling\"",
+        takes: "\"rolling\" or \"blue-green\"",
         default: "\"rolling\"",
-        example: "\"rolling\"",
-        meaning: "How a reload proceeds: one slot after the other.",
-        read: |_, v| v.one_of(&[("rolling", ())]),
+        example: "\"blue-green\"",
+        meaning: "How a reload proceeds: one slot after the other, or all new instances beside the old ones and then over at once.",
+        read: set!(strategy, v => v.one_of(&[("rolling", Strategy::Rolling), ("blue-green", Strategy::BlueGreen)])?),
     },
     Key {
         name: "max_surge",
         aliases: &[],
-        takes: "number, 0 to 10000",
+        takes: "number, 0 to 10000, or percentage",
         default: "1",
-        example: "2",
-        meaning: "How many instances beyond `instances` a reload may have at once.",
-        read: set!(max_surge, v => v.at(v.count(0..=INSTANCES_MAX)?)),
+        example: "\"50%\"",
+        meaning: "How many instances beyond `instances` a reload may have launching or ready at once; parts of one count as one.",
+        read: set!(max_surge, v => v.at(read_share(v)?)),
     },
     Key {
         name: "max_unavailable",
         aliases: &[],
-        takes: "number, 0 to 10000",
+        takes: "number, 0 to 10000, or percentage",
         default: "0",
         example: "1",
-        meaning: "How many instances may be missing during a reload.",
-        read: set!(max_unavailable, v => v.at(v.count(0..=INSTANCES_MAX)?)),
+        meaning: "How many instances may be missing during a reload; parts of one do not count.",
+        read: set!(max_unavailable, v => v.at(read_share(v)?)),
+    },
+    Key {
+        name: "max_draining",
+        aliases: &[],
+        takes: "number, 1 to 10000",
+        default: "`instances`",
+        example: "2",
+        meaning: "How many old instances may be finishing their work at once; a reload waits before it makes more.",
+        read: set!(max_draining, v => v.count(1..=INSTANCES_MAX)?),
+    },
+    Key {
+        name: "min_healthy",
+        aliases: &[],
+        takes: "duration, 0s to 1d",
+        default: "\"0s\"",
+        example: "\"5s\"",
+        meaning: "How long a new instance has to live after it became ready before a reload takes the old one away.",
+        read: set!(min_healthy, v => v.duration(Duration::ZERO..=DAY)?),
     },
     Key {
         name: "on_failure",
         aliases: &[],
-        takes: "\"abort\"",
-        default: "\"abort\"",
+        takes: "\"rollback\" or \"abort\"",
+        default: "\"rollback\"",
         example: "\"abort\"",
-        meaning: "What a failed reload leaves: finished slots stay new, the others keep the old instance.",
-        read: set!(on_failure, v => v.one_of(&[("abort", OnFailure::Abort)])?),
+        meaning: "What a failed reload leaves: the old instances everywhere, or finished slots new and the others old.",
+        read: set!(on_failure, v => v.one_of(&[("rollback", OnFailure::Rollback), ("abort", OnFailure::Abort)])?),
+    },
+    Key {
+        name: "reserve",
+        aliases: &[],
+        takes: "boolean",
+        default: "true",
+        example: "false",
+        meaning: "For rollback: keep the old instances of finished slots alive until the last slot is ready; false starts them again from the files as they are then.",
+        read: set!(reserve, v => v.boolean()?),
     },
     Key {
         name: "overlap",
@@ -368,6 +410,72 @@ pub static KEYS: [Key; 46] = [
         example: "true",
         meaning: "Whether a reload starts the new instance beside the old one.",
         read: set!(overlap, v => v.boolean()?),
+    },
+    Key {
+        name: "ready",
+        aliases: &[],
+        takes: "table `{ http | tcp | exec | log, interval, timeout, threshold }`",
+        default: "none",
+        example: "{ http = \"http://127.0.0.1:{PORT}/ready\" }",
+        meaning: "An instance is ready when this probe succeeds.",
+        read: set!(ready, v => v.at(probe::read(v, probe::Role::Ready)?)),
+    },
+    Key {
+        name: "health",
+        aliases: &[],
+        takes: "table `{ http | tcp | exec, interval, timeout, threshold, start_period }`",
+        default: "none",
+        example: "{ tcp = \"127.0.0.1:{PORT}\" }",
+        meaning: "An instance whose probe fails `threshold` times in a row is replaced, one at a time.",
+        read: set!(health, v => v.at(probe::read(v, probe::Role::Health)?)),
+    },
+    Key {
+        name: "pre_start",
+        aliases: &[],
+        takes: "program with arguments, or table `{ run, timeout }`",
+        default: "none",
+        example: "[\"./migrate\", \"--check\"]",
+        meaning: "Run before the app is started; when it fails, so does the start.",
+        read: set!(pre_start, v => read_hook(v)?),
+    },
+    Key {
+        name: "pre_reload",
+        aliases: &[],
+        takes: "program with arguments, or table `{ run, timeout }`",
+        default: "none",
+        example: "{ run = [\"npm\", \"run\", \"build\"], timeout = \"5m\" }",
+        meaning: "Run before the first step of a reload; when it fails, the reload is aborted.",
+        read: set!(pre_reload, v => read_hook(v)?),
+    },
+    Key {
+        name: "post_stop",
+        aliases: &[],
+        takes: "program with arguments, or table `{ run, timeout }`",
+        default: "none",
+        example: "\"./cleanup\"",
+        meaning: "Run when the app has been stopped and its last process is gone.",
+        read: set!(post_stop, v => read_hook(v)?),
+    },
+    Key {
+        name: "on_errored",
+        aliases: &[],
+        takes: "program with arguments, or table `{ run, timeout }`",
+        default: "none",
+        example: "\"./page-somebody\"",
+        meaning: "Run when the app has become `errored`: pm has given up starting it.",
+        read: set!(on_errored, v => read_hook(v)?),
+    },
+    Key {
+        name: "depends_on",
+        aliases: &[],
+        takes: "array of names, or table `{ NAME = \"ready\" | \"started\" }`",
+        default: "[]",
+        example: "{ db = \"ready\" }",
+        meaning: "Apps that have to be up before this one starts; they are stopped after it.",
+        read: |app, v| {
+            app.depends_on = read_dependencies(v)?;
+            Ok(())
+        },
     },
     Key {
         name: "autorestart",
@@ -568,6 +676,58 @@ fn read_instances(value: Value<'_, '_>) -> Result<Instances, Problem> {
     } else {
         Err(bad(super::app::BadInstances))
     }
+}
+
+fn read_share(value: Value<'_, '_>) -> Result<Share, Problem> {
+    if value.as_str().is_none() {
+        return value.count(0..=INSTANCES_MAX).map(Share::Count);
+    }
+    match value.text().parse() {
+        Ok(Share::Count(_)) => value.count(0..=INSTANCES_MAX).map(Share::Count),
+        Ok(share) => Ok(share),
+        Err(error) => Err(value.problem(error.to_string())),
+    }
+}
+
+fn read_hook(value: Value<'_, '_>) -> Result<Hook, Problem> {
+    let argv = |value: Value<'_, '_>| match value.words()? {
+        argv if argv.first().is_none_or(String::is_empty) => {
+            Err(value.problem("a hook needs a program to run"))
+        }
+        argv => Ok(argv),
+    };
+    let Some(table) = value.table() else {
+        return Ok(Hook { argv: argv(value)?, timeout: HOOK_TIMEOUT });
+    };
+    let (mut run, mut timeout) = (None, HOOK_TIMEOUT);
+    for (key, entry) in table {
+        let entry = Value::new(entry);
+        match &**key.get_ref() {
+            "run" => run = Some(argv(entry)?),
+            "timeout" => timeout = entry.duration(Duration::from_millis(1)..=DAY)?,
+            other => {
+                let message = format!("unknown key {} of a hook; known are run, timeout", quoted(other));
+                return Err(
+                    Problem::new(Place::Text(key.span()), message).did_you_mean(other, ["run", "timeout"])
+                );
+            }
+        }
+    }
+    let argv = run.ok_or_else(|| value.problem("a hook needs `run`: the program and its arguments"))?;
+    Ok(Hook { argv, timeout })
+}
+
+fn read_dependencies(value: Value<'_, '_>) -> Result<BTreeMap<String, At<Dependency>>, Problem> {
+    let Some(table) = value.table() else {
+        let ready = |entry: Value<'_, '_>| Ok((entry.filled()?, entry.at(Dependency::Ready)));
+        return value.items().into_iter().map(ready).collect();
+    };
+    let words = [("ready", Dependency::Ready), ("started", Dependency::Started)];
+    let one = |(key, entry): (&toml::Spanned<std::borrow::Cow<'_, str>>, _)| {
+        let how_far = Value::new(entry).one_of(&words)?;
+        Ok(((**key.get_ref()).to_owned(), At::new(how_far, Place::Text(key.span()))))
+    };
+    table.iter().map(one).collect()
 }
 
 fn read_signal(value: Value<'_, '_>) -> Result<Signal, Problem> {

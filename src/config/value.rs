@@ -164,7 +164,11 @@ impl<'a, 'i> Value<'a, 'i> {
     pub(super) fn one_of<T: Copy>(self, known: &[(&str, T)]) -> Read<T> {
         let list = || {
             let words: Vec<_> = known.iter().map(|(word, _)| format!("\"{word}\"")).collect();
-            words.join(" or ")
+            match words.split_last() {
+                Some((last, [])) => last.clone(),
+                Some((last, others)) => format!("{} or {last}", others.join(", ")),
+                None => String::new(),
+            }
         };
         let text = self.as_str().ok_or_else(|| self.wanted(list()))?;
         if let Some((_, value)) = known.iter().find(|(word, _)| *word == text) {

@@ -9,7 +9,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::id::AppName;
 use super::signal::Signal;
@@ -47,6 +48,15 @@ pub struct AppSpec {
     pub reload: ReloadRules,
     /// Where output goes.
     pub logs: LogRules,
+    /// When a running instance counts as sick and is replaced; `None`: never.
+    #[serde(default)]
+    pub health: Option<Probe>,
+    /// Programs that run beside the app's life.
+    #[serde(default)]
+    pub hooks: Hooks,
+    /// The apps that have to be up before this one starts, and are stopped after it.
+    #[serde(default)]
+    pub depends_on: BTreeMap<AppName, Dependency>,
     /// Whether the Node agent is preloaded (direct Node scripts only).
     pub agent: bool,
     /// What an instance reads from descriptor 0.
@@ -56,6 +66,34 @@ pub struct AppSpec {
 }
 
 impl AppSpec {
+    /// An app of which only what to run and where is known; everything else has its default.
+    #[must_use]
+    pub fn new(name: AppName, command: CommandSpec, cwd: PathBuf) -> Self {
+        Self {
+            name,
+            namespace: "default".to_owned(),
+            origin: None,
+            command,
+            cwd,
+            mode: ExecMode::Fork,
+            instances: 1,
+            env: EnvSpec::default(),
+            listen: Vec::new(),
+            balance: Balance::RoundRobin,
+            ready: ReadyRules::default(),
+            stop: StopRules::default(),
+            restart: RestartRules::default(),
+            reload: ReloadRules::default(),
+            logs: LogRules::default(),
+            health: None,
+            hooks: Hooks::default(),
+            depends_on: BTreeMap::new(),
+            agent: true,
+            stdin: Stdin::Pipe,
+            autostart: true,
+        }
+    }
+
     /// Whether an instance gets an IPC channel (`NODE_CHANNEL_FD`).
     ///
     /// Programs that do not know the channel would hand it to their children, so they get one only when they are
@@ -152,6 +190,18 @@ pub struct EnvSpec {
     pub increment_var: Option<String>,
 }
 
+impl Default for EnvSpec {
+    fn default() -> Self {
+        Self {
+            inherit: true,
+            files: Vec::new(),
+            vars: BTreeMap::new(),
+            instance_var: "NODE_APP_INSTANCE".to_owned(),
+            increment_var: None,
+        }
+    }
+}
+
 /// A listening socket that pm opens and instances inherit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenSpec {
@@ -191,6 +241,30 @@ pub enum Balance {
     RoundRobin,
     /// Workers accept from one shared socket.
     Shared,
+    /// The daemon accepts and hands each connection to the worker with the fewest open ones, as the agent reports.
+    LeastConnections,
+    /// The daemon accepts, and connections of one client address reach one worker.
+    Sticky,
+    /// The kernel spreads connections over a socket for each slot (SO_REUSEPORT, socket(7)).
+    Slots,
+}
+
+impl Balance {
+    /// Every policy, with its name in config files and on the command line.
+    pub const NAMES: [(&'static str, Self); 5] = [
+        ("round-robin", Self::RoundRobin),
+        ("least-connections", Self::LeastConnections),
+        ("sticky", Self::Sticky),
+        ("shared", Self::Shared),
+        ("slots", Self::Slots),
+    ];
+}
+
+impl std::fmt::Display for Balance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = Self::NAMES.iter().find(|(_, policy)| policy == self).map_or("", |(name, _)| name);
+        f.write_str(name)
+    }
 }
 
 /// When an instance counts as ready.
@@ -200,6 +274,77 @@ pub struct ReadyRules {
     pub wait_ready: bool,
     /// Not ready within this time from spawn is a failure. 30 s unless set.
     pub listen_timeout: Duration,
+    /// Ask the instance until it says so.
+    #[serde(default)]
+    pub probe: Option<Probe>,
+}
+
+impl Default for ReadyRules {
+    fn default() -> Self {
+        Self { wait_ready: false, listen_timeout: Duration::from_secs(30), probe: None }
+    }
+}
+
+/// A question that is asked of one instance again and again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// What is asked.
+    pub check: Check,
+    /// From the end of one question to the next. 1 s for `ready`, 10 s for `health` unless set.
+    pub interval: Duration,
+    /// An answer that takes longer is none. 2 s unless set.
+    pub timeout: Duration,
+    /// How many answers in a row decide: good ones for `ready` (1 unless set), bad ones for `health` (3 unless set).
+    pub threshold: u32,
+    /// For `health`: how long after an instance became ready nothing is asked. 0 unless set.
+    pub start_period: Duration,
+}
+
+/// What a probe asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Check {
+    /// An HTTP GET: `http://host:port/path`, `http://unix:/path.sock:/path`, or a path alone, which goes to that
+    /// very worker of a Node app. `{NAME}` stands for the instance's variable of that name. 2xx and 3xx are good.
+    Http(String),
+    /// A TCP connection, or one to `unix:/path.sock`; `{NAME}` likewise.
+    Tcp(String),
+    /// A program with its arguments, in the instance's environment: exit code 0 is good.
+    Exec(Vec<String>),
+    /// A line of the instance's output that matches this regular expression (for `ready` only).
+    Log(String),
+}
+
+/// Programs that run beside an app's life, each with its arguments; nothing goes through a shell.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hooks {
+    /// Before the app's instances are started; its failure fails the start.
+    pub pre_start: Option<Hook>,
+    /// Before the first step of a reload; its failure aborts the reload.
+    pub pre_reload: Option<Hook>,
+    /// When every instance of a stopped app is gone.
+    pub post_stop: Option<Hook>,
+    /// When the app has become `errored`.
+    pub on_errored: Option<Hook>,
+}
+
+/// A program that pm runs and waits for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hook {
+    /// The program, looked up in the app's PATH from its `cwd`, and its arguments.
+    pub argv: Vec<String>,
+    /// After this time it is ended and has failed. 60 s unless set.
+    pub timeout: Duration,
+}
+
+/// How far another app has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dependency {
+    /// Every instance has been started.
+    Started,
+    /// Every instance is ready.
+    Ready,
 }
 
 /// How an instance is ended: the stop ladder's parameters.
@@ -218,6 +363,23 @@ pub struct StopRules {
     /// How long open connections may drain before the signal; at most `timeout`. `None`: the server's
     /// keepAliveTimeout + 1 s.
     pub drain_timeout: Option<Duration>,
+    /// Send websocket clients a close frame (1001) when a drain begins.
+    #[serde(default)]
+    pub drain_websockets: bool,
+}
+
+impl Default for StopRules {
+    fn default() -> Self {
+        Self {
+            signal: Signal::INT,
+            timeout: Duration::from_secs(10),
+            mode: KillMode::Target,
+            method: StopMethod::Signal,
+            with_message: false,
+            drain_timeout: None,
+            drain_websockets: false,
+        }
+    }
 }
 
 /// Who gets the kill signal.
@@ -261,17 +423,173 @@ pub struct RestartRules {
     pub stop_exit_codes: Vec<i32>,
 }
 
+impl Default for RestartRules {
+    fn default() -> Self {
+        Self {
+            autorestart: true,
+            max_restarts: 16,
+            min_uptime: Duration::from_secs(1),
+            restart_delay: None,
+            backoff_base: Duration::from_millis(100),
+            backoff_reset: Duration::from_secs(30),
+            stop_exit_codes: Vec::new(),
+        }
+    }
+}
+
 /// How one generation replaces another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReloadRules {
+    /// Slot after slot, or all at once.
+    #[serde(default)]
+    pub strategy: Strategy,
     /// Instances launching or ready beyond `instances`. 1 unless set.
-    pub max_surge: u32,
+    pub max_surge: Share,
     /// Instances that may be missing meanwhile. 0 unless set.
-    pub max_unavailable: u32,
+    pub max_unavailable: Share,
+    /// How long a new instance has to live after it became ready before the old one goes. 0 unless set.
+    #[serde(default)]
+    pub min_healthy: Duration,
+    /// How many old instances may drain at once; `None`: as many as there are slots.
+    #[serde(default)]
+    pub max_draining: Option<u32>,
     /// What to do with finished slots when a later one fails.
     pub on_failure: OnFailure,
+    /// For `rollback`: keep the old instances of finished slots alive until the last slot is ready.
+    #[serde(default = "yes")]
+    pub reserve: bool,
     /// Whether generations may overlap; `None`: yes for cluster mode and inherited listeners.
     pub overlap: Option<bool>,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+impl Default for ReloadRules {
+    fn default() -> Self {
+        Self {
+            strategy: Strategy::Rolling,
+            max_surge: Share::Count(1),
+            max_unavailable: Share::Count(0),
+            min_healthy: Duration::ZERO,
+            max_draining: None,
+            on_failure: OnFailure::Rollback,
+            reserve: true,
+            overlap: None,
+        }
+    }
+}
+
+/// How a reload proceeds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// One slot after the other.
+    #[default]
+    Rolling,
+    /// All new instances beside the old ones, then all at once.
+    BlueGreen,
+}
+
+/// A number of instances, or a part of all of them. Where it is written for people to read it is `2` or `"25%"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Share {
+    /// This many.
+    Count(u32),
+    /// This part of `instances`, from 0 to 100.
+    Percent(u32),
+}
+
+impl Share {
+    /// How many of `instances` that is, parts of one counted as one: for `max_surge`, as in Kubernetes.
+    #[must_use]
+    pub fn of_up(self, instances: u32) -> u32 {
+        match self {
+            Self::Count(count) => count,
+            Self::Percent(percent) => part(instances, percent, 99),
+        }
+    }
+
+    /// How many of `instances` that is, parts of one not counted: for `max_unavailable`, as in Kubernetes.
+    #[must_use]
+    pub fn of_down(self, instances: u32) -> u32 {
+        match self {
+            Self::Count(count) => count,
+            Self::Percent(percent) => part(instances, percent, 0),
+        }
+    }
+
+    /// Whether it is none, of however many.
+    #[must_use]
+    pub const fn is_none(self) -> bool {
+        matches!(self, Self::Count(0) | Self::Percent(0))
+    }
+}
+
+impl std::fmt::Display for Share {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Count(count) => count.fmt(f),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
+fn part(whole: u32, percent: u32, round: u64) -> u32 {
+    u32::try_from((u64::from(whole) * u64::from(percent) + round) / 100).unwrap_or(u32::MAX)
+}
+
+impl Serialize for Share {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match (*self, serializer.is_human_readable()) {
+            (Self::Count(count), true) => serializer.serialize_u32(count),
+            (Self::Percent(_), true) => serializer.collect_str(self),
+            // Formats that do not describe themselves: a share is below zero.
+            (Self::Count(count), false) => serializer.serialize_i64(i64::from(count)),
+            (Self::Percent(percent), false) => serializer.serialize_i64(-1 - i64::from(percent)),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Count(u32),
+            Percent(String),
+        }
+        let bad = || D::Error::custom("expected a number of instances, or a percentage");
+        if deserializer.is_human_readable() {
+            return match Written::deserialize(deserializer)? {
+                Written::Count(count) => Ok(Self::Count(count)),
+                Written::Percent(text) => text.parse().map_err(D::Error::custom),
+            };
+        }
+        let number = i64::deserialize(deserializer)?;
+        let size = |number: i64| u32::try_from(number).map_err(|_| bad());
+        if number < 0 { size(-1 - number).map(Self::Percent) } else { size(number).map(Self::Count) }
+    }
+}
+
+/// A text that is no share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected a number of instances, or a percentage such as \"25%\" (up to 100%)")]
+pub struct BadShare;
+
+impl std::str::FromStr for Share {
+    type Err = BadShare;
+
+    fn from_str(text: &str) -> Result<Self, BadShare> {
+        let digits =
+            |text: &str| if text.bytes().all(|b| b.is_ascii_digit()) { text.parse().ok() } else { None };
+        match text.trim().strip_suffix('%') {
+            Some(percent) => digits(percent).filter(|&percent| percent <= 100).map(Self::Percent),
+            None => digits(text.trim()).map(Self::Count),
+        }
+        .ok_or(BadShare)
+    }
 }
 
 /// What a failed reload leaves.
@@ -280,10 +598,12 @@ pub struct ReloadRules {
 pub enum OnFailure {
     /// Finished slots stay new, the rest stays old.
     Abort,
+    /// Every slot goes back to the old release.
+    Rollback,
 }
 
 /// Where output goes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogRules {
     /// Standard output, absolute; `None`: `<home>/logs/<name>-out.log`, with `-<id>` before the suffix unless merged.
     /// `/dev/null` discards.
@@ -305,4 +625,32 @@ pub enum Stdin {
     Pipe,
     /// /dev/null.
     Null,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read_as_they_are_written() {
+        for share in [Share::Count(0), Share::Count(10_000), Share::Percent(0), Share::Percent(100)] {
+            assert_eq!(share.to_string().parse(), Ok(share));
+            let json = serde_json::to_string(&share).unwrap();
+            assert_eq!(serde_json::from_str::<Share>(&json).unwrap(), share);
+            let bytes = postcard::to_allocvec(&share).unwrap();
+            assert_eq!(postcard::from_bytes::<Share>(&bytes).unwrap(), share);
+        }
+        for text in ["", "%", "101%", "-1", "1.5", "half", "25 %%"] {
+            assert_eq!(text.parse::<Share>(), Err(BadShare), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_an_instance_counts_for_surge_only() {
+        let quarter = Share::Percent(25);
+        let both = |instances| (quarter.of_up(instances), quarter.of_down(instances));
+        assert_eq!([both(1), both(4), both(6)], [(1, 0), (1, 1), (2, 1)]);
+        assert_eq!(Share::Percent(100).of_up(u32::MAX), u32::MAX);
+        assert_eq!((Share::Count(3).of_up(1), Share::Count(3).of_down(1)), (3, 3));
+    }
 }

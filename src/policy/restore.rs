@@ -16,11 +16,7 @@ use crate::model::moment::Moment;
 use crate::model::saved::{
     Desired, Found, InstanceMemo, Memo, SavedApp, SavedFleet, SavedOperation, SlotMemo,
 };
-use crate::model::signal::Signal;
-use crate::model::spec::{
-    AppSpec, Balance, CommandSpec, EnvSpec, ExecMode, KillMode, LogRules, OnFailure, ReadyRules, ReloadRules,
-    RestartRules, Runtime, Stdin, StopMethod, StopRules,
-};
+use crate::model::spec::{AppSpec, CommandSpec, Runtime};
 
 use super::admit::Kind;
 use super::app::App;
@@ -398,51 +394,14 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
 
 /// What stands for the spec of a run whose app is not known any more: enough to end it.
 fn stranger(name: &AppName) -> Arc<AppSpec> {
-    Arc::new(AppSpec {
-        name: name.clone(),
-        namespace: String::from("default"),
-        origin: None,
-        command: CommandSpec {
-            script: PathBuf::from("unknown"),
-            interpreter: None,
-            interpreter_args: Vec::new(),
-            args: Vec::new(),
-            runtime: Runtime::Other,
-        },
-        cwd: PathBuf::from("/"),
-        mode: ExecMode::Fork,
-        instances: 1,
-        env: EnvSpec {
-            inherit: false,
-            files: Vec::new(),
-            vars: BTreeMap::new(),
-            instance_var: String::from("NODE_APP_INSTANCE"),
-            increment_var: None,
-        },
-        listen: Vec::new(),
-        balance: Balance::RoundRobin,
-        ready: ReadyRules { wait_ready: false, listen_timeout: Duration::from_secs(30) },
-        stop: StopRules {
-            signal: Signal::INT,
-            timeout: Duration::from_secs(10),
-            mode: KillMode::Target,
-            method: StopMethod::Signal,
-            with_message: false,
-            drain_timeout: None,
-        },
-        restart: RestartRules {
-            autorestart: false,
-            max_restarts: 0,
-            min_uptime: Duration::from_secs(1),
-            restart_delay: None,
-            backoff_base: Duration::from_millis(100),
-            backoff_reset: Duration::from_secs(30),
-            stop_exit_codes: Vec::new(),
-        },
-        reload: ReloadRules { max_surge: 1, max_unavailable: 0, on_failure: OnFailure::Abort, overlap: None },
-        logs: LogRules { out_file: None, error_file: None, merge: None, date_format: None },
-        agent: false,
-        stdin: Stdin::Pipe,
-        autostart: false,
-    })
+    let command = CommandSpec {
+        script: PathBuf::from("unknown"),
+        interpreter: None,
+        interpreter_args: Vec::new(),
+        args: Vec::new(),
+        runtime: Runtime::Other,
+    };
+    let mut spec = AppSpec::new(name.clone(), command, PathBuf::from("/"));
+    (spec.env.inherit, spec.restart.autorestart, spec.autostart) = (false, false, false);
+    Arc::new(spec)
 }

@@ -92,8 +92,8 @@ impl App {
                     covered(slot) || !given_up
                 })
                 .count(),
-            max_surge: spec.reload.max_surge as usize,
-            max_unavailable: spec.reload.max_unavailable as usize,
+            max_surge: spec.reload.max_surge.of_up(spec.instances) as usize,
+            max_unavailable: spec.reload.max_unavailable.of_down(spec.instances) as usize,
             overlap: spec.can_overlap(),
             counted: self
                 .slots

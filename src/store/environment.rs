@@ -108,66 +108,22 @@ pub fn instance_environment(
 mod tests {
     use std::os::unix::ffi::OsStringExt as _;
     use std::path::PathBuf;
-    use std::time::Duration;
 
     use super::*;
     use crate::model::id::AppName;
-    use crate::model::signal::Signal;
     use crate::model::spec::*;
 
     fn spec() -> AppSpec {
-        AppSpec {
-            name: AppName::new("api").unwrap(),
-            namespace: "shop".to_owned(),
-            origin: None,
-            command: CommandSpec {
-                script: PathBuf::from("/srv/current/api"),
-                interpreter: None,
-                interpreter_args: Vec::new(),
-                args: Vec::new(),
-                runtime: Runtime::Other,
-            },
-            cwd: PathBuf::from("/srv/current"),
-            mode: ExecMode::Fork,
-            instances: 1,
-            env: EnvSpec {
-                inherit: true,
-                files: Vec::new(),
-                vars: BTreeMap::new(),
-                instance_var: "NODE_APP_INSTANCE".to_owned(),
-                increment_var: None,
-            },
-            listen: Vec::new(),
-            balance: Balance::RoundRobin,
-            ready: ReadyRules { wait_ready: false, listen_timeout: Duration::from_secs(30) },
-            stop: StopRules {
-                signal: Signal::INT,
-                timeout: Duration::from_secs(10),
-                mode: KillMode::Target,
-                method: StopMethod::Signal,
-                with_message: false,
-                drain_timeout: None,
-            },
-            restart: RestartRules {
-                autorestart: true,
-                max_restarts: 16,
-                min_uptime: Duration::from_secs(1),
-                restart_delay: None,
-                backoff_base: Duration::from_millis(100),
-                backoff_reset: Duration::from_secs(30),
-                stop_exit_codes: Vec::new(),
-            },
-            reload: ReloadRules {
-                max_surge: 1,
-                max_unavailable: 0,
-                on_failure: OnFailure::Abort,
-                overlap: None,
-            },
-            logs: LogRules { out_file: None, error_file: None, merge: None, date_format: None },
-            agent: true,
-            stdin: Stdin::Pipe,
-            autostart: true,
-        }
+        let command = CommandSpec {
+            script: PathBuf::from("/srv/current/api"),
+            interpreter: None,
+            interpreter_args: Vec::new(),
+            args: Vec::new(),
+            runtime: Runtime::Other,
+        };
+        let mut spec = AppSpec::new(AppName::new("api").unwrap(), command, PathBuf::from("/srv/current"));
+        "shop".clone_into(&mut spec.namespace);
+        spec
     }
 
     fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {

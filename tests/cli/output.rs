@@ -11,11 +11,7 @@ use pm::ipc::protocol::{
     Refused, Reply, Request, Row, StepKind, StepView,
 };
 use pm::model::id::{AppName, Generation, PmId, Slot};
-use pm::model::signal::Signal;
-use pm::model::spec::{
-    AppSpec, Balance, CommandSpec, EnvSpec, ExecMode, KillMode, ListenAddress, ListenSpec, LogRules,
-    OnFailure, Origin, ReadyRules, ReloadRules, RestartRules, Runtime, Stdin, StopMethod, StopRules,
-};
+use pm::model::spec::{AppSpec, CommandSpec, ExecMode, ListenAddress, ListenSpec, Origin, Runtime};
 use pm::model::status::Status;
 use serde_json::value::RawValue;
 
@@ -364,58 +360,30 @@ fn detail() -> InstanceDetail {
 }
 
 fn spec() -> AppSpec {
-    AppSpec {
-        name: AppName::new("api").unwrap(),
-        namespace: "default".to_owned(),
-        origin: Some(Origin { file: "/srv/ecosystem.toml".into(), env_name: Some("production".to_owned()) }),
-        command: CommandSpec {
-            script: "/srv/current/server.js".into(),
-            interpreter: Some("node".to_owned()),
-            interpreter_args: vec!["--max-old-space-size=256".to_owned()],
-            args: vec!["--title".to_owned(), "it's me".to_owned()],
-            runtime: Runtime::Node,
-        },
-        cwd: "/srv/current".into(),
-        mode: ExecMode::Cluster,
-        instances: 2,
-        env: EnvSpec {
-            inherit: true,
-            files: vec![PathBuf::from("/srv/.env")],
-            vars: BTreeMap::new(),
-            instance_var: "NODE_APP_INSTANCE".to_owned(),
-            increment_var: None,
-        },
-        listen: vec![ListenSpec {
-            name: "3000".to_owned(),
-            address: ListenAddress::Tcp("0.0.0.0:3000".parse().unwrap()),
-            backlog: 511,
-            blocking: false,
-        }],
-        balance: Balance::RoundRobin,
-        ready: ReadyRules { wait_ready: true, listen_timeout: Duration::from_secs(30) },
-        stop: StopRules {
-            signal: Signal::INT,
-            timeout: Duration::from_millis(1_600),
-            mode: KillMode::Target,
-            method: StopMethod::Signal,
-            with_message: false,
-            drain_timeout: None,
-        },
-        restart: RestartRules {
-            autorestart: true,
-            max_restarts: 16,
-            min_uptime: Duration::from_secs(1),
-            restart_delay: None,
-            backoff_base: Duration::from_millis(100),
-            backoff_reset: Duration::from_secs(30),
-            stop_exit_codes: vec![0, 2],
-        },
-        reload: ReloadRules { max_surge: 1, max_unavailable: 0, on_failure: OnFailure::Abort, overlap: None },
-        logs: LogRules { out_file: None, error_file: None, merge: None, date_format: None },
-        agent: false,
-        stdin: Stdin::Pipe,
-        autostart: true,
-    }
+    let command = CommandSpec {
+        script: "/srv/current/server.js".into(),
+        interpreter: Some("node".to_owned()),
+        interpreter_args: vec!["--max-old-space-size=256".to_owned()],
+        args: vec!["--title".to_owned(), "it's me".to_owned()],
+        runtime: Runtime::Node,
+    };
+    let mut spec = AppSpec::new(AppName::new("api").unwrap(), command, "/srv/current".into());
+    spec.origin =
+        Some(Origin { file: "/srv/ecosystem.toml".into(), env_name: Some("production".to_owned()) });
+    spec.mode = ExecMode::Cluster;
+    spec.instances = 2;
+    spec.env.files = vec![PathBuf::from("/srv/.env")];
+    spec.listen = vec![ListenSpec {
+        name: "3000".to_owned(),
+        address: ListenAddress::Tcp("0.0.0.0:3000".parse().unwrap()),
+        backlog: 511,
+        blocking: false,
+    }];
+    spec.ready.wait_ready = true;
+    spec.stop.timeout = Duration::from_millis(1_600);
+    spec.restart.stop_exit_codes = vec![0, 2];
+    spec.agent = false;
+    spec
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use pm::model::exit::ExitReason;
 use pm::model::id::Slot;
 use pm::model::signal::Signal;
-use pm::model::spec::AppSpec;
+use pm::model::spec::{AppSpec, Share};
 use pm::policy::vocabulary::{Command, Selected, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
@@ -68,9 +68,9 @@ fn any_spec(rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -> AppSpec {
         spec.env.vars.insert(String::from("RELEASE"), rng.below(3).to_string());
     }
     match rng.below(10) {
-        0 => spec.reload.max_surge = 2,
-        1 => (spec.reload.max_surge, spec.reload.max_unavailable) = (0, 1),
-        2 => spec.reload.max_unavailable = 1,
+        0 => spec.reload.max_surge = Share::Count(2),
+        1 => (spec.reload.max_surge, spec.reload.max_unavailable) = (Share::Count(0), Share::Count(1)),
+        2 => spec.reload.max_unavailable = Share::Count(1),
         3 => spec.restart.autorestart = false,
         4 => spec.restart.restart_delay = Some(secs(rng.below(4))),
         5 => spec.restart.max_restarts = 2,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use pm::model::exit::ExitReason;
 use pm::model::signal::Signal;
+use pm::model::spec::Share;
 use pm::policy::vocabulary::{Command, Retry, Selected, StepKind, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
@@ -114,7 +115,7 @@ fn max_unavailable_takes_the_old_one_out_first() {
     let mut world = World::new(1);
     world.verbose = true;
     let mut lean = spec("api", Like::Workers, 3);
-    (lean.reload.max_surge, lean.reload.max_unavailable) = (0, 1);
+    (lean.reload.max_surge, lean.reload.max_unavailable) = (Share::Count(0), Share::Count(1));
     world.start(lean);
     world.run_for(secs(1));
     world.act(Verb::Reload, "api");

@@ -952,8 +952,10 @@ impl World {
         let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(app)) else { return };
         // What the release before was allowed may still be draining.
         let of_app = self.procs.iter().filter(|(id, _)| id.app == *app).map(|(_, proc)| &proc.spec.reload);
+        let instances = view.spec.instances;
         let surge = |rules: &ReloadRules| {
-            if rules.max_unavailable == 0 { rules.max_surge.max(1) } else { rules.max_surge }
+            let surge = rules.max_surge.of_up(instances);
+            if rules.max_unavailable.of_down(instances) == 0 { surge.max(1) } else { surge }
         };
         let surge = of_app.map(surge).max().unwrap_or(0);
         let limit = view.slots.len() + surge as usize;
@@ -998,7 +1000,8 @@ impl World {
         let given_up = |status| matches!(status, Status::Errored | Status::Stopped);
         let rows = view.slots.iter().map(|row| given_up(row.status));
         let meant = meant.zip(rows).filter(|(slot, gone)| slot.desired == Desired::Running && !gone).count();
-        let least = meant.saturating_sub(view.spec.reload.max_unavailable as usize);
+        let least =
+            meant.saturating_sub(view.spec.reload.max_unavailable.of_down(view.spec.instances) as usize);
         if others.len() < least
             && !others.iter().any(|other| other.slot == id.slot)
             && self.is_online_before(id)

@@ -11,7 +11,7 @@ use owo_colors::Style;
 use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
-use crate::model::spec::{AppSpec, Balance, ExecMode, KillMode, Runtime, StopMethod};
+use crate::model::spec::{AppSpec, ExecMode, KillMode, Runtime, StopMethod};
 
 /// Prints one instance.
 ///
@@ -195,14 +195,7 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         ("overlap at reload", yes_no(spec.can_overlap())),
     ];
     if matches!(spec.mode, ExecMode::Cluster) {
-        lines.push((
-            "balance",
-            match spec.balance {
-                Balance::RoundRobin => "round-robin",
-                Balance::Shared => "shared",
-            }
-            .to_owned(),
-        ));
+        lines.push(("balance", spec.balance.to_string()));
     }
     if matches!(spec.command.runtime, Runtime::Node) {
         lines.push(("agent", yes_no(spec.agent)));
