@@ -197,16 +197,7 @@ impl Dispatcher {
             }
             Incoming::SocketCount { key } => self.post(serial, messages::socket_count(&key), None),
             Incoming::SocketClose { key } => self.post(serial, messages::sockets_closed(&key), None),
-            Incoming::Agent(message) => {
-                let id = channel.id.clone();
-                self.emit(match message {
-                    AgentMessage::Hello { version } => DispatchEvent::AgentHello { id, version },
-                    AgentMessage::Listeners { signal, count } => {
-                        DispatchEvent::KillListeners { id, signal, count }
-                    }
-                    AgentMessage::Drained => DispatchEvent::Drained { id },
-                });
-            }
+            Incoming::Agent(message) => self.agent(serial, message),
             Incoming::Ready => {
                 if !channel.ready {
                     channel.ready = true;
@@ -233,6 +224,24 @@ impl Dispatcher {
             }
         }
         Verdict::Consume
+    }
+
+    fn agent(&mut self, serial: u64, message: AgentMessage) {
+        let Some(channel) = self.channels.get(&serial) else { return };
+        let id = channel.id.clone();
+        match message {
+            AgentMessage::Hello { version } => self.emit(DispatchEvent::AgentHello { id, version }),
+            AgentMessage::Listeners { signal, count } => {
+                self.emit(DispatchEvent::KillListeners { id, signal, count });
+            }
+            AgentMessage::Drained => self.emit(DispatchEvent::Drained { id }),
+            AgentMessage::Closed { received, closed } => {
+                let worker = channel.worker.as_ref();
+                if let Some(app) = worker.and_then(|worker| self.apps.get_mut(&worker.app)) {
+                    app.primary.reported(WorkerIx(serial), received, closed);
+                }
+            }
+        }
     }
 
     fn answer(&mut self, serial: u64, ack: u64, accepted: bool) {

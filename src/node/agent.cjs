@@ -24,6 +24,8 @@ function install() {
   let pruneAt = 32;
   let greeted = false;
   let drain = null;
+  // Connections that the supervisor handed over, once it balances by their number.
+  let handed = null;
 
   function remember(server) {
     if (alive().includes(server)) return;
@@ -54,9 +56,10 @@ function install() {
     if (process.connected) Reflect.apply(send, process, [message, undefined, undefined, () => {}]);
   }
 
-  process.on('internalMessage', (message) => {
+  process.on('internalMessage', (message, handle) => {
     try {
       if (message === null || typeof message !== 'object') return;
+      if (handed !== null && message.act === 'newconn' && message.cmd === 'NODE_CLUSTER') handOver(handle);
       if (message.cmd === 'NODE_PM_HELLO') {
         greeted = true;
         say({ cmd: 'NODE_PM_HELLO', version: process.version });
@@ -65,9 +68,46 @@ function install() {
         say({ cmd: 'NODE_PM_LISTENERS', signal: message.signal, count });
       } else if (greeted && message.cmd === 'NODE_PM_DRAIN') {
         startDrain(message.idle === 'close', message.within);
+      } else if (greeted && message.cmd === 'NODE_PM_WATCH') {
+        handed ??= { received: 0, closed: 0, open: new WeakSet(), planned: false };
+        say({ cmd: 'NODE_PM_CLOSED', received: handed.received, closed: handed.closed });
       }
     } catch { /* the supervisor goes on without an answer */ }
   });
+
+  // The cluster module has already served or rejected the connection: its listener is older than ours. One that it did
+  // not take counts as handed over and closed, so that the supervisor need not know what became of it.
+  function handOver(handle) {
+    handed.received += 1;
+    if (!handle || !(handle.fd >= 0)) {
+      ended();
+      return;
+    }
+    handed.open.add(handle);
+    handle.close = closeCounted;
+    if (typeof handle.reset === 'function') handle.reset = resetCounted;
+  }
+
+  function closeCounted(...args) {
+    if (handed.open.delete(this)) ended();
+    return Reflect.apply(Object.getPrototypeOf(this).close, this, args);
+  }
+
+  function resetCounted(...args) {
+    if (handed.open.delete(this)) ended();
+    return Reflect.apply(Object.getPrototypeOf(this).reset, this, args);
+  }
+
+  // One message per turn of the loop, however many have ended in it.
+  function ended() {
+    handed.closed += 1;
+    if (handed.planned) return;
+    handed.planned = true;
+    setImmediate(() => {
+      handed.planned = false;
+      say({ cmd: 'NODE_PM_CLOSED', closed: handed.closed });
+    }).unref();
+  }
 
   function startDrain(closeIdle, within) {
     const before = drain;

@@ -86,6 +86,13 @@ pub enum AgentMessage {
     },
     /// No connection is open any more.
     Drained,
+    /// Of the connections that we handed over since we asked for it first, so many are closed.
+    Closed {
+        /// How many had reached the worker when it answered; only in the answer to [`agent_watch`].
+        received: Option<u64>,
+        /// How many of all are closed by now; those that the worker rejected or dropped are among them.
+        closed: u64,
+    },
 }
 
 /// A `queryServer`, or the `listening` that follows it. Saved with the worker, so that the next supervisor knows
@@ -364,6 +371,13 @@ pub fn read(line: &[u8], whole: bool) -> Incoming {
             }
         }
         "NODE_PM_DRAINED" => Incoming::Agent(AgentMessage::Drained),
+        "NODE_PM_CLOSED" => match value.get("closed").and_then(Value::as_u64) {
+            Some(closed) => {
+                let received = value.get("received").and_then(Value::as_u64);
+                Incoming::Agent(AgentMessage::Closed { received, closed })
+            }
+            None => Incoming::Ignored,
+        },
         _ if cmd.len() > 5 && cmd.starts_with("NODE_") => Incoming::Ignored,
         _ => Incoming::User,
     }
@@ -522,6 +536,13 @@ pub fn agent_listeners(signal: Signal) -> Vec<u8> {
     format!("{{\"cmd\":\"NODE_PM_LISTENERS\",\"signal\":\"{signal}\"}}\n").into_bytes()
 }
 
+/// Asks the preload to report how many of the connections that we hand over are closed again: at once, then whenever
+/// some have ended.
+#[must_use]
+pub fn agent_watch() -> Vec<u8> {
+    b"{\"cmd\":\"NODE_PM_WATCH\"}\n".to_vec()
+}
+
 /// What happens to idle keep-alive connections while an instance drains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Idle {
@@ -596,6 +617,15 @@ mod tests {
                 r#"{"cmd":"NODE_PM_LISTENERS","signal":"SIGINT","count":2}"#,
                 Incoming::Agent(AgentMessage::Listeners { signal: Signal::INT, count: 2 }),
             ),
+            (
+                r#"{"cmd":"NODE_PM_CLOSED","received":5,"closed":3}"#,
+                Incoming::Agent(AgentMessage::Closed { received: Some(5), closed: 3 }),
+            ),
+            (
+                r#"{"cmd":"NODE_PM_CLOSED","closed":4}"#,
+                Incoming::Agent(AgentMessage::Closed { received: None, closed: 4 }),
+            ),
+            (r#"{"cmd":"NODE_PM_CLOSED","closed":"4"}"#, Incoming::Ignored),
             (r#""ready""#, Incoming::Ready),
         ] {
             assert_eq!(read(line.as_bytes(), true), expected, "{line}");

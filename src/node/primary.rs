@@ -74,6 +74,18 @@ struct Worker<C> {
     open: Vec<Open>,
     unanswered: Vec<Unanswered<C>>,
     next_seq: u64,
+    /// Connections sent to it and not lost on the way, rejected ones included.
+    handed: u64,
+    /// What its agent says of them.
+    reported: Option<Reported>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Reported {
+    /// How many a former supervisor had handed over.
+    before: u64,
+    /// How many of these and ours are closed.
+    closed: u64,
 }
 
 #[derive(Debug)]
@@ -131,6 +143,8 @@ impl<C: Clone> Primary<C> {
                 open: Vec::new(),
                 unanswered: Vec::new(),
                 next_seq: first_seq,
+                handed: 0,
+                reported: None,
             },
         );
     }
@@ -276,6 +290,7 @@ impl<C: Clone> Primary<C> {
         let record = self.workers.get_mut(&worker)?;
         let seq = record.next_seq;
         record.next_seq += 1;
+        record.handed += 1;
         record.unanswered.push(Unanswered { seq, listener: listener_ix, pending });
         Some(HandOver { worker, seq, connection })
     }
@@ -348,11 +363,29 @@ impl<C: Clone> Primary<C> {
         let record = self.workers.get_mut(&worker)?;
         let position = record.unanswered.iter().position(|unanswered| unanswered.seq == seq)?;
         let Unanswered { listener: ix, pending, .. } = record.unanswered.swap_remove(position);
+        record.handed = record.handed.saturating_sub(1);
         if let Some(listener) = self.listeners.get_mut(&ix) {
             listener.pending.push_front(pending);
         }
         self.set_free(worker, ix);
         Some(ix)
+    }
+
+    /// A worker's agent says how many of the connections handed to it are closed. `received` comes with its answer to
+    /// our asking, which is the first thing a supervisor says to a worker: none of our own are in it.
+    pub fn reported(&mut self, worker: WorkerIx, received: Option<u64>, closed: u64) {
+        let Some(record) = self.workers.get_mut(&worker) else { return };
+        let before = received.or(record.reported.map(|reported| reported.before));
+        record.reported = Some(Reported { before: before.unwrap_or(0), closed });
+    }
+
+    /// How many connections of ours a worker has open, those on their way to it included; `None` while its agent has
+    /// not said.
+    #[must_use]
+    pub fn open_connections(&self, worker: WorkerIx) -> Option<u64> {
+        let record = self.workers.get(&worker)?;
+        let Reported { before, closed } = record.reported?;
+        Some((before + record.handed).saturating_sub(closed))
     }
 
     /// A worker's channel has ended: what it did not answer for goes to others. It writes its answer before it touches
@@ -525,6 +558,45 @@ mod tests {
         assert_eq!(primary.next_retry(), Some(NOW + RETRY_FIRST));
         assert_eq!(primary.retry_due(NOW + RETRY_FIRST), vec![listener]);
         assert_eq!(primary.assign(listener, NOW).unwrap().connection, 7);
+    }
+
+    #[test]
+    fn open_connections_are_what_was_handed_over_and_is_not_reported_closed() {
+        let (mut primary, listener) = with_workers(1);
+        let worker = WorkerIx(0);
+        assert_eq!(primary.open_connections(worker), None);
+        primary.reported(worker, Some(0), 0);
+        let hand_over = |primary: &mut Primary<u32>| {
+            primary.connection(listener, 1);
+            primary.assign(listener, NOW).unwrap().seq
+        };
+        let seq = hand_over(&mut primary);
+        assert_eq!(primary.open_connections(worker), Some(1), "also on its way");
+        primary.answered(worker, seq, true);
+        assert_eq!(primary.open_connections(worker), Some(1));
+        // Lost on the way: the agent has not seen it, and sees it the second time.
+        let seq = hand_over(&mut primary);
+        primary.lost(worker, seq);
+        assert_eq!(primary.open_connections(worker), Some(1));
+        let seq = primary.assign(listener, NOW).unwrap().seq;
+        primary.answered(worker, seq, true);
+        assert_eq!(primary.open_connections(worker), Some(2));
+        primary.reported(worker, None, 1);
+        assert_eq!(primary.open_connections(worker), Some(1));
+    }
+
+    #[test]
+    fn open_connections_of_an_adopted_worker_include_those_of_the_former_supervisor() {
+        let (mut primary, listener) = with_workers(1);
+        let worker = WorkerIx(0);
+        // Said to the former supervisor, and still unread.
+        primary.reported(worker, None, 7);
+        primary.connection(listener, 1);
+        primary.assign(listener, NOW).unwrap();
+        primary.reported(worker, Some(10), 8);
+        assert_eq!(primary.open_connections(worker), Some(3));
+        primary.reported(worker, None, 11);
+        assert_eq!(primary.open_connections(worker), Some(0));
     }
 
     #[test]
