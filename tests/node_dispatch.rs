@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal as Sig, kill};
 use nix::unistd::Pid;
 use pm::dispatch::{
-    self, Adopted, ChannelKind, Command, DispatchEvent, DispatchHandle, Idle, KeptListener, NewInstance,
-    OpenListener, Origin, Stats,
+    self, Adopted, ChannelKind, Command, DispatchEvent, DispatchHandle, Drain, Greeting, Idle, InFlight,
+    KeptListener, NewInstance, OpenListener, Origin, Stats,
 };
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
 use pm::model::signal::Signal;
@@ -50,6 +50,10 @@ fn app(name: &str) -> AppName {
 
 fn instance(name: &str, slot: u32, generation: u64) -> InstanceId {
     InstanceId { app: app(name), slot: Slot(slot), generation: Generation(generation) }
+}
+
+fn drain(idle: Idle, patience: Duration) -> Drain {
+    Drain { idle, patience: Some(patience), in_flight: InFlight::Leave, websockets: false }
 }
 
 /// What a driver would have recorded, and everything that happened.
@@ -114,7 +118,13 @@ impl World {
     fn spawn(&mut self, id: &InstanceId, kind: ChannelKind, agent: bool, args: &[&str]) -> usize {
         let cluster = matches!(kind, ChannelKind::Cluster { .. });
         let channel = self.spawn_process(id, cluster, agent, None, args);
-        let new = NewInstance { id: id.clone(), channel, kind, has_agent: agent, adopted: None };
+        let new = NewInstance {
+            id: id.clone(),
+            channel,
+            kind,
+            agent: agent.then(Greeting::default),
+            adopted: None,
+        };
         self.handle.send(Command::AddInstance(Box::new(new)));
         self.children.len() - 1
     }
@@ -123,7 +133,8 @@ impl World {
     fn spawn_inheriting(&mut self, id: &InstanceId, listener: &OwnedFd, args: &[&str]) -> usize {
         let channel = self.spawn_process(id, false, true, Some(listener), args);
         let kind = ChannelKind::Plain;
-        let new = NewInstance { id: id.clone(), channel, kind, has_agent: true, adopted: None };
+        let new =
+            NewInstance { id: id.clone(), channel, kind, agent: Some(Greeting::default()), adopted: None };
         self.handle.send(Command::AddInstance(Box::new(new)));
         self.wait("ready", |log| log.ready.contains(id).then_some(()));
         self.children.len() - 1
@@ -674,7 +685,7 @@ fn another_thread_takes_over_the_same_descriptors() {
                     id: id.clone(),
                     channel: world.channels[id].try_clone().unwrap(),
                     kind: ChannelKind::Cluster { balance, configured: Vec::new() },
-                    has_agent: false,
+                    agent: None,
                     adopted: Some(Adopted { ready: true, open: old_log.open[id].clone() }),
                 })));
                 world.handle.send(Command::PutIn { id: id.clone() });
@@ -802,7 +813,7 @@ fn replace_under_load(node: &Path, balance: Balance, end: End, rounds: u64) -> (
                 }
                 End::AgentThenSigint => {
                     let within = Duration::from_secs(5);
-                    world.handle.send(Command::Drain { id: old.clone(), idle: Idle::Wait, within });
+                    world.handle.send(Command::Drain { id: old.clone(), drain: drain(Idle::Wait, within) });
                     world.wait_event("drained", |e| matches!(e, DispatchEvent::Drained { id } if *id == old));
                     world.signal(old_child, Sig::SIGINT);
                 }
@@ -850,7 +861,7 @@ fn instances_on_an_inherited_listener_are_replaced_without_a_loss() {
             let child = world.spawn_inheriting(&id, &listener, &[scenario, "4"]);
             let (old_id, old_child) = std::mem::replace(&mut old, (id, child));
             let within = Duration::from_secs(5);
-            world.handle.send(Command::Drain { id: old_id.clone(), idle: Idle::Wait, within });
+            world.handle.send(Command::Drain { id: old_id.clone(), drain: drain(Idle::Wait, within) });
             world.wait_event("drained", |e| matches!(e, DispatchEvent::Drained { id } if *id == old_id));
             world.signal(old_child, Sig::SIGINT);
             let code = world.exited(old_child, PATIENCE);
@@ -956,7 +967,7 @@ fn the_agent_drains_keep_alive_connections_without_cutting_one() {
             idle.ask("/?ms=50");
             assert!(idle.head().contains("connection: keep-alive"), "{name}");
             let within = Duration::from_secs(10);
-            world.handle.send(Command::Drain { id: id.clone(), idle: Idle::Wait, within });
+            world.handle.send(Command::Drain { id: id.clone(), drain: drain(Idle::Wait, within) });
             assert!(busy.head().contains("connection: close"), "{node:?} {name}");
             assert!(busy.is_closed());
             // The idle one may ask once more, and is told to go.
@@ -989,7 +1000,7 @@ fn the_agent_closes_idle_connections_at_once_when_nobody_else_serves() {
         idle.head();
         let asked = Instant::now();
         let within = Duration::from_secs(10);
-        world.handle.send(Command::Drain { id: id.clone(), idle: Idle::CloseNow, within });
+        world.handle.send(Command::Drain { id: id.clone(), drain: drain(Idle::CloseNow, within) });
         assert!(idle.is_closed());
         world.wait_event("drained", |event| matches!(event, DispatchEvent::Drained { .. }));
         assert!(asked.elapsed_since() < Duration::from_secs(3), "{node:?}");

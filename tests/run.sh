@@ -2,7 +2,7 @@
 # Sets up what the test suite needs and runs everything.
 #
 # Needs a Rust toolchain and a C linker; what else is missing comes from the distribution's packages (as root). Node
-# packages and a second Node version go into a cache outside the repository:
+# packages, a second Node version and other languages (tests/languages.sh) go into a cache outside the repository:
 #   PM_TEST_CACHE           where (default ~/.cache/pm-tests)
 #   PM_TEST_NODE_VERSIONS   beside the installed one (default "22"; "18 22 24" is the full matrix)
 # Arguments go to the test runner: `tests/run.sh reload::` runs the tests whose name contains `reload::`.
@@ -41,6 +41,7 @@ npm_into() { # directory, stamp
 mkdir -p "$PM_TEST_CACHE/apps"
 cp tests/fixtures/npm/package.json "$PM_TEST_CACHE/apps/package.json"
 npm_into "$PM_TEST_CACHE/apps" "$(<tests/fixtures/npm/package.json)"
+tests/languages.sh "$PM_TEST_CACHE"
 
 declare -A release=([18]=18.20.8 [20]=20.20.2 [22]=22.23.3 [24]=24.21.0)
 case $(uname -m) in

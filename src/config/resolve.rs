@@ -231,6 +231,11 @@ pub(super) fn resolve(
     {
         warnings.push(doubt.line(source));
     }
+    if let (Some(mode), Some(command)) = (mode, &command)
+        && let Some(doubt) = bun_binds_itself(app, command, mode)
+    {
+        warnings.push(doubt.line(source));
+    }
 
     let depends_on = dependencies(app, &mut problems);
     let stop = keep(stop(app), &mut problems);
@@ -391,6 +396,20 @@ fn mode(app: &AppConfig, command: &CommandSpec) -> Result<ExecMode, Problem> {
         None if app.instances.is_some() && (speaks_cluster || listens) => Ok(ExecMode::Cluster),
         None => Ok(ExecMode::Fork),
     }
+}
+
+/// A Bun worker binds the port itself (SO_REUSEPORT): what waits in its queue when it closes is reset by the kernel.
+fn bun_binds_itself(app: &AppConfig, command: &CommandSpec, mode: ExecMode) -> Option<Problem> {
+    let listens = app.listen.as_ref().is_some_and(|listen| !listen.is_empty());
+    if command.runtime != Runtime::Bun || mode != ExecMode::Cluster || listens {
+        return None;
+    }
+    let place = app.exec_mode.as_ref().map(|at| &at.place).or(app.instances.as_ref().map(|at| &at.place));
+    Some(Problem::new(
+        place.unwrap_or(&app.place).clone(),
+        "bun's cluster workers bind the port themselves, so a reload can reset a few connections; with `listen` it \
+         loses none (docs/zero-downtime.md, Bun)",
+    ))
 }
 
 /// Several processes that are told one port to bind: all but one will fail.

@@ -235,6 +235,9 @@ impl Dispatcher {
                 self.emit(DispatchEvent::KillListeners { id, signal, count });
             }
             AgentMessage::Drained => self.emit(DispatchEvent::Drained { id }),
+            AgentMessage::Figures { ask, figures } => {
+                self.emit(DispatchEvent::Figures { id, ask, figures });
+            }
             AgentMessage::Closed { received, closed } => {
                 let worker = channel.worker.as_ref();
                 if let Some(app) = worker.and_then(|worker| self.apps.get_mut(&worker.app)) {

@@ -24,8 +24,9 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 
-pub use crate::node::messages::{Idle, Query};
+pub use crate::node::messages::{Drain, Greeting, Idle, InFlight, Query};
 
+use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, InstanceId};
 use crate::model::signal::Signal;
 use crate::model::spec::Balance;
@@ -50,7 +51,7 @@ pub struct NewInstance {
     /// What is spoken on it.
     pub kind: ChannelKind,
     /// Whether our preload runs in it; it is greeted at once.
-    pub has_agent: bool,
+    pub agent: Option<Greeting>,
     /// What a former supervisor recorded; `None` for a new instance.
     pub adopted: Option<Adopted>,
 }
@@ -142,10 +143,15 @@ pub enum Command {
     Drain {
         /// Who.
         id: InstanceId,
-        /// What happens to idle keep-alive connections.
-        idle: Idle,
-        /// After this time idle ones are closed in any case.
-        within: Duration,
+        /// How.
+        drain: Drain,
+    },
+    /// Ask the agents of these instances what they have measured; each answers with [`DispatchEvent::Figures`], or never.
+    AskFigures {
+        /// Who.
+        ids: Vec<InstanceId>,
+        /// Comes back with the answers.
+        ask: u64,
     },
     /// Have a cluster worker close its servers, end its connections and then its channel.
     Disconnect {
@@ -211,6 +217,7 @@ impl std::fmt::Debug for Command {
             Self::PutIn { .. } => "PutIn",
             Self::TakeOut { .. } => "TakeOut",
             Self::AskKillListeners { .. } => "AskKillListeners",
+            Self::AskFigures { .. } => "AskFigures",
             Self::Drain { .. } => "Drain",
             Self::Disconnect { .. } => "Disconnect",
             Self::SendShutdown { .. } => "SendShutdown",
@@ -317,6 +324,15 @@ pub enum DispatchEvent {
     Drained {
         /// Who.
         id: InstanceId,
+    },
+    /// The agent's answer to [`Command::AskFigures`].
+    Figures {
+        /// Who.
+        id: InstanceId,
+        /// The command's.
+        ask: u64,
+        /// What it has measured.
+        figures: Box<NodeFigures>,
     },
     /// A message of the app's own.
     UserMessage {

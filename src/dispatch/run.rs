@@ -282,8 +282,11 @@ impl Dispatcher {
             Command::AskKillListeners { id, signal } => {
                 self.post_to(&id, messages::agent_listeners(signal));
             }
-            Command::Drain { id, idle, within } => {
-                self.post_to(&id, messages::agent_drain(idle, within));
+            Command::Drain { id, drain } => self.post_to(&id, messages::agent_drain(drain)),
+            Command::AskFigures { ids, ask } => {
+                for id in &ids {
+                    self.post_to(id, messages::agent_figures(ask));
+                }
             }
             Command::Disconnect { id } => {
                 if let Some(serial) = self.by_id.get(&id).copied() {
@@ -320,7 +323,7 @@ impl Dispatcher {
     }
 
     fn add_instance(&mut self, new: NewInstance) {
-        let NewInstance { id, channel, kind, has_agent, adopted } = new;
+        let NewInstance { id, channel, kind, agent, adopted } = new;
         if let Some(former) = self.by_id.get(&id).copied() {
             self.forget_channel(former);
         }
@@ -382,8 +385,8 @@ impl Dispatcher {
             }
             self.look_at_inherited(serial, self.now + INHERITED_WITHIN);
         }
-        if has_agent {
-            self.post(serial, messages::agent_hello(), None);
+        if let Some(greeting) = agent {
+            self.post(serial, messages::agent_hello(greeting), None);
         }
     }
 

@@ -4,6 +4,7 @@
 //! protocol carry the same values instead of three mirrors of sixty fields; fixtures keep old formats loadable.
 
 pub mod exit;
+pub mod figures;
 pub mod id;
 pub mod moment;
 pub mod saved;

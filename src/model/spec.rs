@@ -107,10 +107,18 @@ impl AppSpec {
     }
 
     /// Whether an instance is a worker of a Node cluster whose primary is the daemon.
+    ///
+    /// Deno takes no handle in shared mode; it takes inherited listeners like everybody else. Bun says it is a worker,
+    /// but asks the primary for nothing: each worker binds the port itself, with SO_REUSEPORT. With `listen` it gets
+    /// sockets whose queues outlive it instead.
     #[must_use]
     pub const fn is_node_cluster(&self) -> bool {
-        // Deno takes no handle in shared mode; it takes inherited listeners like everybody else.
-        matches!(self.mode, ExecMode::Cluster) && matches!(self.command.runtime, Runtime::Node | Runtime::Bun)
+        matches!(self.mode, ExecMode::Cluster)
+            && match self.command.runtime {
+                Runtime::Node => true,
+                Runtime::Bun => self.listen.is_empty(),
+                Runtime::Deno | Runtime::Other => false,
+            }
     }
 
     /// Whether the agent is preloaded.

@@ -1,10 +1,11 @@
 'use strict';
 // pm's agent: runs in the app's process before the app (`node --require`), and stays passive until the supervisor
-// greets it over the IPC channel with messages that the app never sees. Answers how many listeners the app has for
-// the kill signal, and lets the app's connections end before that signal comes.
+// greets it over the IPC channel with messages that the app never sees. Lets the app's connections end before the kill
+// signal comes, answers how many listeners the app has for that signal, and measures.
 //
 // It never keeps the process alive, never throws into the app, and does nothing in worker threads and in children
-// that the app forks (they inherit the option, but nobody greets them).
+// that the app forks (they inherit the option, but nobody greets them). What an app that looks for it can see is
+// listed in docs/agent.md.
 
 if (require('node:worker_threads').isMainThread && typeof process.send === 'function') install();
 
@@ -14,10 +15,17 @@ function install() {
   if (own > 0 && process.execArgv[own - 1] === '--require') process.execArgv.splice(own - 1, 2);
 
   const net = require('node:net');
-  // The app may replace or wrap both later.
-  const { send, listenerCount } = process;
-  const { listen } = net.Server.prototype;
-  const { getConnections } = net.Server.prototype;
+  // The app may replace or wrap all of these later.
+  const { performance } = require('node:perf_hooks');
+  const { clearInterval, setImmediate, setInterval, setTimeout } = require('node:timers');
+  const { send, listenerCount, memoryUsage, _getActiveHandles, _getActiveRequests } = process;
+  const { listen, getConnections } = net.Server.prototype;
+
+  // How long a client has to see that an HTTP/2 session goes away, before streams that it still opens are refused.
+  const NOTICE = 1000;
+  // How long a TLS connection may stay without a parser before it counts as upgraded and not as in its handshake.
+  const HANDSHAKE = 1000;
+  const STEP = 15;
 
   // Servers that were told to listen. Weak: an app that makes and drops many servers does not grow.
   let servers = [];
@@ -26,6 +34,12 @@ function install() {
   let drain = null;
   // Connections that the supervisor handed over, once it balances by their number.
   let handed = null;
+  // Sessions of HTTP/2 servers, with the moment at which they were told to go.
+  const sessions = new Map();
+  // Open websockets, with what had been written to them before the upgrade; followed only where they are to be closed.
+  let websockets = null;
+
+  // ---- servers ----------------------------------------------------------------------------------------------------
 
   function remember(server) {
     if (alive().includes(server)) return;
@@ -34,16 +48,27 @@ function install() {
       servers = servers.filter((ref) => ref.deref() !== undefined);
       pruneAt = servers.length * 2 + 32;
     }
+    // Only servers of HTTP/2 have it. Node keeps no list of a server's sessions before version 24.
+    if (typeof server.updateSettings === 'function') server.on('session', guarded(followSession));
+    if (websockets !== null) followUpgrades(server);
   }
 
   function alive() {
     return servers.map((ref) => ref.deref()).filter((server) => server !== undefined);
   }
 
+  // What the app must not notice may fail without a word.
+  function guarded(action) {
+    return (...args) => {
+      try {
+        action(...args);
+      } catch { /* the app goes on as if we were not here */ }
+    };
+  }
+
+  const rememberGuarded = guarded(remember);
   function listenRemembered(...args) {
-    try {
-      remember(this);
-    } catch { /* a server that cannot be drained still listens */ }
+    rememberGuarded(this);
     return Reflect.apply(listen, this, args);
   }
   for (const property of ['name', 'length']) {
@@ -51,29 +76,69 @@ function install() {
   }
   net.Server.prototype.listen = listenRemembered;
 
+  function followSession(session) {
+    sessions.set(session, null);
+    session.once('close', () => sessions.delete(session));
+    session.on('stream', guarded((stream) => {
+      const start = requestBegins();
+      stream.once('close', () => requestEnds(start));
+    }));
+    if (drain !== null) endSession(session, performance.now());
+  }
+
+  // Node's list of an HTTP/1 server's connections, which it keeps for its own time-outs.
+  function parsers(server) {
+    const symbol = Object.getOwnPropertySymbols(server).find((each) => each.description === 'http.server.connections');
+    const list = symbol && server[symbol];
+    return list && typeof list.all === 'function' ? list.all() : null;
+  }
+
+  function followUpgrades(server) {
+    const { emit } = server;
+    if (parsers(server) === null || emit.name === 'emitFollowed') return;
+    const note = guarded((request, socket) => {
+      if (!/^websocket$/i.test(request.headers.upgrade)) return;
+      websockets.set(socket, socket.bytesWritten);
+      socket.once('close', () => websockets.delete(socket));
+    });
+    server.emit = function emitFollowed(name, ...args) {
+      if (name === 'upgrade') note(...args);
+      return Reflect.apply(emit, this, [name, ...args]);
+    };
+  }
+
+  // ---- the channel ------------------------------------------------------------------------------------------------
+
   function say(message) {
     // With a callback a closed channel is no 'error' event, which would end the app.
     if (process.connected) Reflect.apply(send, process, [message, undefined, undefined, () => {}]);
   }
 
-  process.on('internalMessage', (message, handle) => {
-    try {
-      if (message === null || typeof message !== 'object') return;
-      if (handed !== null && message.act === 'newconn' && message.cmd === 'NODE_CLUSTER') handOver(handle);
-      if (message.cmd === 'NODE_PM_HELLO') {
-        greeted = true;
-        say({ cmd: 'NODE_PM_HELLO', version: process.version });
-      } else if (greeted && message.cmd === 'NODE_PM_LISTENERS') {
-        const count = Reflect.apply(listenerCount, process, [message.signal]);
-        say({ cmd: 'NODE_PM_LISTENERS', signal: message.signal, count });
-      } else if (greeted && message.cmd === 'NODE_PM_DRAIN') {
-        startDrain(message.idle === 'close', message.within);
-      } else if (greeted && message.cmd === 'NODE_PM_WATCH') {
-        handed ??= { received: 0, closed: 0, open: new WeakSet(), planned: false };
-        say({ cmd: 'NODE_PM_CLOSED', received: handed.received, closed: handed.closed });
+  process.on('internalMessage', guarded((message, handle) => {
+    if (message === null || typeof message !== 'object') return;
+    if (handed !== null && message.act === 'newconn' && message.cmd === 'NODE_CLUSTER') handOver(handle);
+    if (message.cmd === 'NODE_PM_HELLO') {
+      if (!greeted) measure();
+      greeted = true;
+      if (message.websockets && websockets === null) {
+        websockets = new Map();
+        for (const server of alive()) followUpgrades(server);
       }
-    } catch { /* the supervisor goes on without an answer */ }
-  });
+      say({ cmd: 'NODE_PM_HELLO', version: process.version });
+    } else if (!greeted) {
+      // Not from a supervisor that knows us.
+    } else if (message.cmd === 'NODE_PM_LISTENERS') {
+      const count = Reflect.apply(listenerCount, process, [message.signal]);
+      say({ cmd: 'NODE_PM_LISTENERS', signal: message.signal, count });
+    } else if (message.cmd === 'NODE_PM_DRAIN') {
+      startDrain(message);
+    } else if (message.cmd === 'NODE_PM_STATS') {
+      say({ cmd: 'NODE_PM_STATS', ask: message.ask, ...stats() });
+    } else if (message.cmd === 'NODE_PM_WATCH') {
+      handed ??= { received: 0, closed: 0, open: new WeakSet(), planned: false };
+      say({ cmd: 'NODE_PM_CLOSED', received: handed.received, closed: handed.closed });
+    }
+  }));
 
   // The cluster module has already served or rejected the connection: its listener is older than ours. One that it did
   // not take counts as handed over and closed, so that the supervisor need not know what became of it.
@@ -103,45 +168,81 @@ function install() {
     handed.closed += 1;
     if (handed.planned) return;
     handed.planned = true;
-    setImmediate(() => {
+    setImmediate(guarded(() => {
       handed.planned = false;
       say({ cmd: 'NODE_PM_CLOSED', closed: handed.closed });
-    }).unref();
+    })).unref();
   }
 
-  function startDrain(closeIdle, within) {
+  // ---- draining ---------------------------------------------------------------------------------------------------
+
+  // `idle`: "close" idle connections at once, or "wait" for one more request on each, `patience` ms at most (null: as
+  // long as the server itself would). `requests`: those in flight after that are left to the app's signal handler
+  // ("leave"), or there is none and they are waited for ("finish").
+  function startDrain({ idle, patience, requests, websockets: goAway }) {
+    const since = performance.now();
     const before = drain;
-    drain = { closeIdle, until: performance.now() + within, timer: null };
+    drain = {
+      since,
+      idleUntil: idle === 'close' ? since : since + (patience ?? keepAlive()),
+      leaveAt: requests === 'leave' ? since + (patience ?? keepAlive()) : Infinity,
+      websocketsUntil: goAway ? since + (patience ?? keepAlive()) : since,
+      timer: null,
+    };
     if (before === null) {
       for (const server of alive()) stopAccepting(server);
-      require('node:diagnostics_channel').subscribe('http.server.request.start', endAfter);
-      try {
-        endBusyConnections();
-      } catch { /* they end with the time limit or their next request */ }
+      channel.start.subscribe(guarded(({ response }) => endAfter(response)));
+      guarded(endBusyConnections)();
     } else {
       clearInterval(before.timer);
     }
-    drain.timer = setInterval(step, 15);
+    if (goAway) guarded(closeWebsockets)();
+    drain.timer = setInterval(step, STEP);
     drain.timer.unref();
     step();
   }
 
-  // Every further response says `Connection: close`, unless the app itself says otherwise.
-  function endAfter({ response }) {
-    response.shouldKeepAlive = false;
+  function keepAlive() {
+    return Math.max(0, ...alive().map((server) => server.keepAliveTimeout).filter(Number.isFinite)) + 1000;
   }
 
-  // Responses that were begun before the drain. Node keeps a server's connections in a list for its own time-outs;
-  // where that is missing, such a connection ends with the time limit or its next request.
+  // Says `Connection: close`, whatever the app says, and ends the connection after the response.
+  function endAfter(response) {
+    const { _storeHeader } = response;
+    if (response.headersSent || typeof _storeHeader !== 'function') return;
+    response.shouldKeepAlive = false;
+    response.setHeader('Connection', 'close');
+    response._storeHeader = function storeHeader(...args) {
+      if (!/upgrade/i.test(this.getHeader('connection'))) this.setHeader('Connection', 'close');
+      return Reflect.apply(_storeHeader, this, args);
+    };
+  }
+
+  // Responses that were begun before the drain.
   function endBusyConnections() {
-    for (const server of alive()) {
-      const symbol = Object.getOwnPropertySymbols(server).find((each) => each.description === 'http.server.connections');
-      const list = symbol && server[symbol];
-      if (!list || typeof list.all !== 'function') continue;
-      for (const parser of list.all()) {
-        const response = parser && parser.socket && parser.socket._httpMessage;
-        if (response && !response.headersSent && response.shouldKeepAlive === true) response.shouldKeepAlive = false;
-      }
+    for (const parser of alive().flatMap((server) => parsers(server) ?? [])) {
+      const response = parser && parser.socket && parser.socket._httpMessage;
+      if (response && response.shouldKeepAlive === true) endAfter(response);
+    }
+  }
+
+  // A close frame with the code 1001, "going away", where the handshake is answered; the app's library does the rest.
+  function closeWebsockets() {
+    for (const [socket, before] of websockets ?? []) {
+      if (socket.bytesWritten > before && socket.writable) socket.write(Buffer.from([0x88, 2, 0x03, 0xe9]));
+    }
+  }
+
+  // A client that is told at once not to open streams would lose the one that it is opening: first it is told that we
+  // go, and which streams count only when it must have seen that.
+  function endSession(session, now) {
+    const told = sessions.get(session);
+    if (session.destroyed || session.closed) return;
+    if (now >= drain.idleUntil || (told !== null && now >= told + NOTICE)) {
+      session.close();
+    } else if (told === null) {
+      sessions.set(session, now);
+      session.goaway(0, 0x7fffffff);
     }
   }
 
@@ -170,24 +271,38 @@ function install() {
     handle.close();
   }
 
-  function step() {
-    try {
-      const current = drain;
-      const all = alive();
-      let left = all.length;
-      let open = 0;
-      const closeIdle = current.closeIdle || performance.now() >= current.until;
-      const counted = (error, count) => {
-        open += error ? 0 : count;
+  const step = guarded(() => {
+    const current = drain;
+    const now = performance.now();
+    const all = alive();
+    let left = all.length;
+    let open = 0;
+    for (const session of sessions.keys()) endSession(session, now);
+    if (left === 0 || now >= current.leaveAt) finish(current);
+    for (const server of all) {
+      if (now >= current.idleUntil) closeIdle(server);
+      const counted = guarded((error, count) => {
+        open += error ? 0 : count - upgraded(server, count, now);
         left -= 1;
-        if (left <= 0 && open === 0) finish(current);
-      };
-      if (left === 0) finish(current);
-      for (const server of all) {
-        if (closeIdle && typeof server.closeIdleConnections === 'function') server.closeIdleConnections();
-        Reflect.apply(getConnections, server, [counted]);
-      }
-    } catch { /* the supervisor's own time limit ends the drain */ }
+        if (left <= 0 && open <= 0) finish(current);
+      });
+      Reflect.apply(getConnections, server, [counted]);
+    }
+  });
+
+  function closeIdle(server) {
+    if (typeof server.closeIdleConnections === 'function') server.closeIdleConnections();
+    // To Node a connection that has not said anything yet is not idle.
+    for (const { socket } of parsers(server) ?? []) if (socket && socket.bytesRead === 0) socket.destroy();
+  }
+
+  // Upgraded connections (websockets) last as long as the client likes; the drain does not wait for them.
+  function upgraded(server, count, now) {
+    const known = parsers(server);
+    const upgrades = server.listenerCount('upgrade') + server.listenerCount('connect') > 0;
+    if (known === null || !upgrades || now < drain.websocketsUntil) return 0;
+    if (typeof server.setSecureContext === 'function' && now < drain.since + HANDSHAKE) return 0;
+    return Math.max(0, count - known.length);
   }
 
   function finish(current) {
@@ -195,5 +310,93 @@ function install() {
     clearInterval(current.timer);
     current.timer = null;
     say({ cmd: 'NODE_PM_DRAINED' });
+  }
+
+  // ---- measuring --------------------------------------------------------------------------------------------------
+
+  const diagnostics = require('node:diagnostics_channel');
+  // Kept: a channel without a reference loses its subscribers.
+  const channel = {
+    start: diagnostics.channel('http.server.request.start'),
+    finish: diagnostics.channel('http.server.response.finish'),
+  };
+  const START = Symbol('pm.start');
+  const loop = window();
+  const latency = window();
+  let requests = 0;
+
+  function measure() {
+    channel.start.subscribe(guarded(({ response }) => { response[START] = requestBegins(); }));
+    channel.finish.subscribe(guarded(({ response }) => requestEnds(response[START])));
+    probe(performance.now(), requests);
+  }
+
+  function requestBegins() {
+    requests += 1;
+    return performance.now();
+  }
+
+  function requestEnds(start) {
+    if (start !== undefined) latency.add(performance.now() - start);
+  }
+
+  // How late a timer is: ten times a second while requests come or the loop is late, else once.
+  function probe(now, seen) {
+    const wait = requests !== seen || loop.latest > 5 ? 100 : 1000;
+    const before = requests;
+    setTimeout(guarded(() => {
+      const then = performance.now();
+      loop.add(Math.max(0, then - now - wait));
+      probe(then, before);
+    }), wait).unref();
+  }
+
+  // The spread of what was added in the last 15 to 30 seconds, to 5 %, in fixed memory: eight classes to each doubling
+  // from 0.01 ms to three minutes.
+  function window() {
+    const half = () => ({ since: performance.now(), count: 0, classes: new Uint32Array(192) });
+    let old = null;
+    let young = half();
+    const turn = () => {
+      const age = performance.now() - young.since;
+      if (age < 15000) return;
+      old = age < 30000 ? young : null;
+      young = half();
+    };
+    const own = {
+      latest: 0,
+      add(millis) {
+        turn();
+        own.latest = millis;
+        young.count += 1;
+        young.classes[Math.min(191, Math.max(0, Math.round(Math.log2(millis * 100) * 8)))] += 1;
+      },
+      // Per second, and the value below which these shares of all lie.
+      spread(...shares) {
+        turn();
+        const total = young.count + (old ? old.count : 0);
+        const seconds = (performance.now() - (old ?? young).since) / 1000;
+        const quantiles = shares.map((share) => {
+          let rest = Math.ceil(total * share);
+          const found = young.classes.findIndex((count, i) => (rest -= count + (old ? old.classes[i] : 0)) <= 0);
+          return total === 0 ? null : 2 ** (found / 8) / 100;
+        });
+        return { rate: total / Math.max(1, seconds), quantiles };
+      },
+    };
+    return own;
+  }
+
+  function stats() {
+    const { heapUsed, heapTotal, external, arrayBuffers } = memoryUsage();
+    const http = latency.spread(0.5, 0.95, 0.99);
+    return {
+      heap: [heapUsed, heapTotal, external, arrayBuffers],
+      loop: loop.spread(0.5, 0.95, 0.99).quantiles,
+      handles: Reflect.apply(_getActiveHandles, process, []).length,
+      requests: Reflect.apply(_getActiveRequests, process, []).length,
+      connections: alive().reduce((sum, server) => sum + (server._connections || 0), 0),
+      http: requests > 0 ? [http.rate, ...http.quantiles] : null,
+    };
   }
 }

@@ -4,10 +4,12 @@
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::model::figures::{HttpFigures, NodeFigures, Spread};
 use crate::model::signal::Signal;
 use crate::sys::listen::interface_index;
 
@@ -70,7 +72,7 @@ pub enum Incoming {
 }
 
 /// What the preload says.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum AgentMessage {
     /// It is there.
     Hello {
@@ -92,6 +94,13 @@ pub enum AgentMessage {
         received: Option<u64>,
         /// How many of all are closed by now; those that the worker rejected or dropped are among them.
         closed: u64,
+    },
+    /// What it has measured.
+    Figures {
+        /// The number of [`agent_figures`] that it answers.
+        ask: u64,
+        /// The figures.
+        figures: Box<NodeFigures>,
     },
 }
 
@@ -378,6 +387,10 @@ pub fn read(line: &[u8], whole: bool) -> Incoming {
             }
             None => Incoming::Ignored,
         },
+        "NODE_PM_STATS" => {
+            let ask = value.get("ask").and_then(Value::as_u64).unwrap_or(0);
+            Incoming::Agent(AgentMessage::Figures { ask, figures: Box::new(read_figures(&value)) })
+        }
         _ if cmd.len() > 5 && cmd.starts_with("NODE_") => Incoming::Ignored,
         _ => Incoming::User,
     }
@@ -392,6 +405,32 @@ fn read_accepted(line: &[u8]) -> Option<Incoming> {
     }
     let ack = rest[..digits].iter().fold(0, |sum: u64, digit| sum * 10 + u64::from(digit - b'0'));
     Some(Incoming::Answer { ack, accepted: true })
+}
+
+/// What is missing or no number counts as not measured.
+fn read_figures(value: &Value) -> NodeFigures {
+    let count = |value: &Value| value.as_u64().unwrap_or(0);
+    let spread = |values: &[Value]| match values {
+        [p50, p95, p99] => Some(Spread { p50: p50.as_f64()?, p95: p95.as_f64()?, p99: p99.as_f64()? }),
+        _ => None,
+    };
+    let list = |name: &str| value.get(name).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let heap = |index: usize| list("heap").get(index).map_or(0, count);
+    let small = |name: &str| value.get(name).map_or(0, count).try_into().unwrap_or(u32::MAX);
+    NodeFigures {
+        heap_used: heap(0),
+        heap_total: heap(1),
+        external: heap(2),
+        array_buffers: heap(3),
+        loop_delay: spread(list("loop")),
+        handles: small("handles"),
+        requests: small("requests"),
+        connections: value.get("connections").map_or(0, count),
+        http: list("http").split_first().map(|(rate, latency)| HttpFigures {
+            per_second: rate.as_f64().unwrap_or(0.0),
+            latency: spread(latency),
+        }),
+    }
 }
 
 fn read_cluster(value: &Value) -> Incoming {
@@ -524,10 +563,23 @@ pub fn sockets_closed(key: &str) -> Vec<u8> {
     format!("{{\"cmd\":\"NODE_SOCKET_ALL_CLOSED\",\"key\":{}}}\n", json(key)).into_bytes()
 }
 
+/// What the preload is to do from the beginning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Greeting {
+    /// Follow websockets: a drain will close them.
+    pub websockets: bool,
+}
+
 /// Wakes the preload.
 #[must_use]
-pub fn agent_hello() -> Vec<u8> {
-    b"{\"cmd\":\"NODE_PM_HELLO\"}\n".to_vec()
+pub fn agent_hello(greeting: Greeting) -> Vec<u8> {
+    format!("{{\"cmd\":\"NODE_PM_HELLO\",\"websockets\":{}}}\n", greeting.websockets).into_bytes()
+}
+
+/// Asks the preload what it has measured.
+#[must_use]
+pub fn agent_figures(ask: u64) -> Vec<u8> {
+    format!("{{\"cmd\":\"NODE_PM_STATS\",\"ask\":{ask}}}\n").into_bytes()
 }
 
 /// Asks the preload how many listeners the app has for a signal.
@@ -552,15 +604,45 @@ pub enum Idle {
     Wait,
 }
 
-/// Asks the preload to let the app's connections end within `within`.
+/// What happens to requests that are in flight when patience is at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InFlight {
+    /// They are left to the app's own handler.
+    Leave,
+    /// They are waited for: nobody else would.
+    Finish,
+}
+
+/// How connections are to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drain {
+    /// Idle ones.
+    pub idle: Idle,
+    /// How long idle ones may wait for their next request; `None`: as long as the app's server would, and a second.
+    pub patience: Option<Duration>,
+    /// Requests.
+    pub in_flight: InFlight,
+    /// Close websockets with 1001, "going away", instead of leaving them.
+    pub websockets: bool,
+}
+
+/// Asks the preload to let the app's connections end.
 #[must_use]
-pub fn agent_drain(idle: Idle, within: std::time::Duration) -> Vec<u8> {
-    let idle = match idle {
+pub fn agent_drain(drain: Drain) -> Vec<u8> {
+    let idle = match drain.idle {
         Idle::CloseNow => "close",
         Idle::Wait => "wait",
     };
-    let within = within.as_millis().min(u128::from(u32::MAX));
-    format!("{{\"cmd\":\"NODE_PM_DRAIN\",\"idle\":\"{idle}\",\"within\":{within}}}\n").into_bytes()
+    let requests = match drain.in_flight {
+        InFlight::Leave => "leave",
+        InFlight::Finish => "finish",
+    };
+    let patience = drain.patience.map_or_else(|| "null".to_owned(), |time| time.as_millis().to_string());
+    let websockets = drain.websockets;
+    format!(
+        "{{\"cmd\":\"NODE_PM_DRAIN\",\"idle\":\"{idle}\",\"patience\":{patience},\"requests\":\"{requests}\",\"websockets\":{websockets}}}\n"
+    )
+    .into_bytes()
 }
 
 #[cfg(test)]
@@ -624,6 +706,39 @@ mod tests {
             (
                 r#"{"cmd":"NODE_PM_CLOSED","closed":4}"#,
                 Incoming::Agent(AgentMessage::Closed { received: None, closed: 4 }),
+            ),
+            (
+                r#"{"cmd":"NODE_PM_STATS","ask":7,"heap":[5,9,2,1],"loop":[0.5,2,30.25],"handles":6,"requests":1,"connections":4,"http":[12.5,1,2,3.5]}"#,
+                Incoming::Agent(AgentMessage::Figures {
+                    ask: 7,
+                    figures: Box::new(NodeFigures {
+                        heap_used: 5,
+                        heap_total: 9,
+                        external: 2,
+                        array_buffers: 1,
+                        loop_delay: Some(Spread { p50: 0.5, p95: 2.0, p99: 30.25 }),
+                        handles: 6,
+                        requests: 1,
+                        connections: 4,
+                        http: Some(HttpFigures {
+                            per_second: 12.5,
+                            latency: Some(Spread { p50: 1.0, p95: 2.0, p99: 3.5 }),
+                        }),
+                    }),
+                }),
+            ),
+            // Nothing measured yet.
+            (
+                r#"{"cmd":"NODE_PM_STATS","ask":8,"heap":[5,9,2,"x"],"loop":[null,null,null],"http":null}"#,
+                Incoming::Agent(AgentMessage::Figures {
+                    ask: 8,
+                    figures: Box::new(NodeFigures {
+                        heap_used: 5,
+                        heap_total: 9,
+                        external: 2,
+                        ..NodeFigures::default()
+                    }),
+                }),
             ),
             (r#"{"cmd":"NODE_PM_CLOSED","closed":"4"}"#, Incoming::Ignored),
             (r#""ready""#, Incoming::Ready),

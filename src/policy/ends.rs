@@ -80,7 +80,7 @@ impl App {
         let Some(run) = self.run_mut(id) else { return };
         let Phase::Leaving { reason, ladder } = &run.phase else { return };
         let (since, killed) =
-            ladder.as_ref().map_or((shared.now, false), |ladder| (ladder.since, ladder.killed()));
+            ladder.as_ref().map_or((shared.now, false), |ladder| (ladder.since, ladder.forced()));
         let step = StepKind::Gone { after: shared.now.since(since), killed, reason: reason.clone() };
         let pm_id = run.pm_id;
         shared.actions.push(Action::Forget { id: id.clone() });

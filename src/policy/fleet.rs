@@ -146,6 +146,12 @@ impl Fleet {
         self.view_of(self.apps.get(name)?)
     }
 
+    /// Whether there is such an app, or somebody asks for it, or something of it is left.
+    #[must_use]
+    pub fn knows(&self, name: &AppName) -> bool {
+        self.apps.contains_key(name)
+    }
+
     pub(super) fn view_of(&self, app: &App) -> Option<AppView> {
         let wanted = self.shared.ledger.wanted.app(&app.name);
         let run = app.runs().last();

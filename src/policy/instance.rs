@@ -248,7 +248,7 @@ impl Run {
             ready_at: self.ready_at,
             queued: matches!(self.phase, Phase::Queued),
             kill_at: match &self.phase {
-                Phase::Stopping(ladder) => ladder.kill_at(),
+                Phase::Stopping(ladder) => ladder.kill_at(&self.spec),
                 Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Leaving { .. } => None,
             },
         }

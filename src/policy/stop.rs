@@ -1,9 +1,14 @@
 //! The stop ladder: the one path by which runs are ended.
 //!
 //! ```text
-//!  (awaiting spawn) ─► settling ─► draining ─► asking ─► disconnecting ─► signalled ─► killed
-//!                      TakeOut     Drain       AskKill…  Disconnect       Signal       KillTree
+//!  (awaiting spawn) ─► settling ─► asking ─► draining ─► disconnecting ─► signalled ─► killed
+//!                      TakeOut     AskKill…  Drain       Disconnect       Signal       KillTree
 //! ```
+//!
+//! An app that handles its kill signal has `drain_timeout` before the signal and `kill_timeout` after it; what is open
+//! then ends by SIGKILL. For an app without a handler the signal itself is such an end, so `kill_timeout` comes before
+//! it: requests are waited for until they are answered, and a Node worker's long-lived connections (websockets) after a
+//! `disconnect`, where another instance serves.
 //!
 //! Rungs that mean nothing for an app are skipped, so a program without agent and channel gets its signal at once. A
 //! run that was never ready has no traffic and goes straight to the signal. Every rung but the first and the last has
@@ -15,13 +20,13 @@ use crate::model::moment::Moment;
 use crate::model::spec::{AppSpec, Balance, StopMethod};
 
 use super::instance::{Phase, Run};
-use super::vocabulary::{Action, IdleConnections, StepKind};
+use super::vocabulary::{Action, IdleConnections, RequestsInFlight, StepKind};
 
 /// `TakeOut` is answered within 1 s; a dispatcher that does not answer must not hold up a stop.
 const SETTLE_LIMIT: Duration = Duration::from_millis(1200);
 /// How long the agent may take to say whether the app listens for the kill signal.
 const ASK_LIMIT: Duration = Duration::from_millis(500);
-/// Node's keepAliveTimeout of 5 s + 1 s.
+/// Node's keepAliveTimeout of 5 s + 1 s, for an agent that does not answer: others know their server's.
 const DRAIN_DEFAULT: Duration = Duration::from_secs(6);
 /// A run that was not ready in time has this for its connections, for the agent's answer and from the signal to
 /// SIGKILL: a failed reload is reported within a second.
@@ -49,22 +54,37 @@ pub(super) struct Ladder {
     pub(super) signalled_at: Option<Moment>,
     rung: Rung,
     idle: IdleConnections,
-    /// Draining, by whatever means, is over then.
-    drain_until: Option<Moment>,
-    /// How long connections may drain.
-    drain: Duration,
+    /// How many listeners the app has for the kill signal, once the agent has said so.
+    listeners: Option<u32>,
+    /// How draining ended.
+    drained: Drained,
+    /// When draining is to be over, for an app whose signal is its end.
+    finish_until: Option<Moment>,
+    /// At most so long, for one that is removed before it ever was ready.
+    drain_limit: Option<Duration>,
     /// How long the agent may take to answer.
     ask: Duration,
     /// From the signal to SIGKILL.
     grace: Duration,
 }
 
+/// How far a run got with its connections before the signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drained {
+    /// It has not been asked to, or cannot be.
+    Unknown,
+    /// None is left, but for websockets.
+    Yes,
+    /// Time was over.
+    No,
+}
+
 #[derive(Clone, Debug)]
 enum Rung {
     AwaitingSpawn,
     Settling { until: Moment },
-    Draining { until: Moment },
     Asking { until: Moment },
+    Draining { until: Moment },
     Disconnecting { until: Moment },
     Signalled { kill_at: Moment },
     Killed,
@@ -73,10 +93,10 @@ enum Rung {
 /// Where to go on; rungs that do not apply lead to the next one.
 enum Towards {
     Settle,
-    Drain,
     Ask,
-    ByMethod,
-    Disconnect,
+    Drain,
+    End,
+    Disconnect(Moment),
     Signal,
     Kill,
 }
@@ -101,7 +121,7 @@ pub(super) enum Heard {
 impl Ladder {
     /// The deadline of the present rung.
     pub(super) fn deadline(&mut self, visit: &mut dyn FnMut(&mut Moment)) {
-        if let Some(at) = &mut self.drain_until {
+        if let Some(at) = &mut self.finish_until {
             visit_quietly(at, visit, &self.rung);
         }
         match &mut self.rung {
@@ -126,22 +146,42 @@ impl Ladder {
         }
     }
 
-    /// When SIGKILL is due.
-    pub(super) const fn kill_at(&self) -> Option<Moment> {
+    /// When it is ended by force, at the latest.
+    pub(super) fn kill_at(&self, spec: &AppSpec) -> Option<Moment> {
         match self.rung {
             Rung::Signalled { kill_at } => Some(kill_at),
-            Rung::AwaitingSpawn
-            | Rung::Settling { .. }
-            | Rung::Draining { .. }
-            | Rung::Asking { .. }
-            | Rung::Disconnecting { .. }
-            | Rung::Killed => None,
+            Rung::Settling { until } => Some(until + self.ask + self.drain(spec).within + self.grace),
+            Rung::Asking { until } => Some(until + self.drain(spec).within + self.grace),
+            Rung::Draining { until } if self.listeners == Some(0) => Some(until),
+            Rung::Draining { until } => Some(until + self.grace),
+            Rung::Disconnecting { until } => Some(until),
+            Rung::AwaitingSpawn | Rung::Killed => None,
         }
     }
 
     /// Whether SIGKILL was needed.
     pub(super) const fn killed(&self) -> bool {
         matches!(self.rung, Rung::Killed)
+    }
+
+    /// Whether it was ended by force: by SIGKILL, or by a signal that the app does not handle while connections were
+    /// open that it was to end.
+    pub(super) fn forced(&self) -> bool {
+        self.killed() || (self.listeners == Some(0) && self.drained == Drained::No)
+    }
+
+    /// How connections are to drain.
+    fn drain(&self, spec: &AppSpec) -> DrainRules {
+        let set = spec.stop.drain_timeout.map(|time| time.min(spec.stop.timeout));
+        let (in_flight, within) = match self.listeners {
+            Some(0) => (RequestsInFlight::Finish, spec.stop.timeout),
+            // The agent is there and knows how long its server lets idle connections wait.
+            Some(_) => (RequestsInFlight::Leave, set.unwrap_or(spec.stop.timeout)),
+            None => (RequestsInFlight::Leave, set.unwrap_or(DRAIN_DEFAULT.min(spec.stop.timeout))),
+        };
+        let limit = self.drain_limit.unwrap_or(within);
+        let patience = self.drain_limit.or(set).or(self.listeners.is_none().then_some(within));
+        DrainRules { in_flight, within: within.min(limit), patience: patience.map(|time| time.min(within)) }
     }
 
     /// A ladder that an earlier supervisor had taken as far as the signal.
@@ -153,27 +193,33 @@ impl Ladder {
             signalled_at: Some(at),
             rung: Rung::Signalled { kill_at: at + grace },
             idle: IdleConnections::Close,
-            drain_until: None,
-            drain: drain_limit(spec),
+            listeners: None,
+            drained: Drained::Unknown,
+            finish_until: None,
+            drain_limit: None,
             ask: ASK_LIMIT,
             grace,
         }
     }
 }
 
-/// The drain budget moves with the other deadlines although nothing waits for it by itself.
+/// Moves with the other deadlines although nothing waits for it by itself.
 fn visit_quietly(at: &mut Moment, visit: &mut dyn FnMut(&mut Moment), rung: &Rung) {
     match rung {
-        Rung::Settling { .. } | Rung::Draining { .. } | Rung::Asking { .. } | Rung::Disconnecting { .. } => {
+        Rung::Settling { .. } | Rung::Asking { .. } | Rung::Draining { .. } | Rung::Disconnecting { .. } => {
             visit(at);
         }
         Rung::AwaitingSpawn | Rung::Signalled { .. } | Rung::Killed => {}
     }
 }
 
-/// How long connections may drain before the signal.
-fn drain_limit(spec: &AppSpec) -> Duration {
-    spec.stop.drain_timeout.unwrap_or(DRAIN_DEFAULT).min(spec.stop.timeout)
+/// How connections drain.
+struct DrainRules {
+    in_flight: RequestsInFlight,
+    /// For everything.
+    within: Duration,
+    /// For idle connections.
+    patience: Option<Duration>,
 }
 
 /// What a turn of a ladder produces.
@@ -197,16 +243,16 @@ impl Run {
             Phase::Ready => (Towards::Settle, false),
             // It is in no rotation, but it may have taken connections by itself.
             Phase::Launching { .. } if accepts_by_itself(&self.spec) && self.pid.is_some() => {
-                (Towards::Drain, false)
+                (Towards::Ask, false)
             }
             Phase::Launching { .. } => (Towards::Signal, self.pid.is_none()),
             Phase::Queued | Phase::Stopping(_) | Phase::Leaving { .. } => return,
         };
-        let full = (drain_limit(&self.spec), ASK_LIMIT, self.spec.stop.timeout);
-        let (drain, ask, grace) = match cause {
-            Cause::Asked => full,
+        let grace = self.spec.stop.timeout;
+        let (drain_limit, ask, grace) = match cause {
+            Cause::Asked => (None, ASK_LIMIT, grace),
             Cause::NotReady | Cause::Undone => {
-                (full.0.min(NOT_READY.0), full.1.min(NOT_READY.1), full.2.min(NOT_READY.2))
+                (Some(NOT_READY.0.min(grace)), ASK_LIMIT.min(NOT_READY.1), grace.min(NOT_READY.2))
             }
         };
         self.phase = Phase::Stopping(Ladder {
@@ -215,8 +261,10 @@ impl Run {
             signalled_at: None,
             rung: Rung::AwaitingSpawn,
             idle,
-            drain_until: None,
-            drain,
+            listeners: None,
+            drained: Drained::Unknown,
+            finish_until: None,
+            drain_limit,
             ask,
             grace,
         });
@@ -235,20 +283,32 @@ impl Run {
 
     /// Takes a run on the ladder to its next rung, when what was heard is what its rung waits for.
     pub(super) fn heard(&mut self, now: Moment, heard: Heard, descent: &mut Descent) {
-        let Phase::Stopping(ladder) = &self.phase else { return };
+        let Phase::Stopping(ladder) = &mut self.phase else { return };
         let towards = match (&ladder.rung, heard) {
             (Rung::AwaitingSpawn, Heard::Spawned) => Towards::Signal,
-            (Rung::Settling { .. }, Heard::Settled | Heard::TimeOver) => Towards::Drain,
-            (Rung::Draining { .. }, Heard::Drained | Heard::TimeOver) => Towards::Ask,
-            (Rung::Asking { .. }, Heard::KillListeners(0)) => Towards::Disconnect,
-            (Rung::Asking { .. }, Heard::KillListeners(_)) => Towards::Signal,
-            (Rung::Asking { .. }, Heard::TimeOver) => Towards::ByMethod,
+            (Rung::Settling { .. }, Heard::Settled | Heard::TimeOver) => Towards::Ask,
+            (Rung::Asking { .. }, Heard::KillListeners(count)) => {
+                ladder.listeners = Some(count);
+                Towards::Drain
+            }
+            (Rung::Asking { .. }, Heard::TimeOver) => Towards::Drain,
+            (Rung::Draining { .. }, Heard::Drained) => {
+                ladder.drained = Drained::Yes;
+                Towards::End
+            }
+            (Rung::Draining { .. }, Heard::TimeOver) => {
+                ladder.drained = Drained::No;
+                Towards::End
+            }
+            (Rung::Disconnecting { .. }, Heard::TimeOver) => {
+                ladder.drained = Drained::No;
+                Towards::Signal
+            }
             // The end of the channel also means that nobody is left to answer.
             (
                 Rung::Draining { .. } | Rung::Asking { .. } | Rung::Disconnecting { .. },
                 Heard::ChannelClosed,
-            )
-            | (Rung::Disconnecting { .. }, Heard::TimeOver) => Towards::Signal,
+            ) => Towards::Signal,
             (Rung::Signalled { .. }, Heard::TimeOver) => Towards::Kill,
             (
                 Rung::AwaitingSpawn
@@ -277,41 +337,51 @@ impl Run {
                     ladder.rung = Rung::Settling { until: now + SETTLE_LIMIT };
                     return;
                 }
-                Towards::Settle => Towards::Drain,
-                Towards::Drain if agent => {
-                    if !cluster {
-                        descent.steps.push(StepKind::Draining);
-                    }
-                    let within = ladder.drain;
-                    let until = now + within;
-                    ladder.drain_until = Some(until);
-                    descent.actions.push(Action::Drain { id: id.clone(), idle: ladder.idle, within });
-                    ladder.rung = Rung::Draining { until };
-                    return;
-                }
-                Towards::Drain => Towards::Ask,
+                Towards::Settle => Towards::Ask,
                 // An app that is told by message has said how it wants to be ended.
-                Towards::Ask if cluster && agent && !by_message(spec) => {
+                Towards::Ask if agent && !by_message(spec) => {
                     let signal = spec.stop.signal;
                     descent.actions.push(Action::AskKillListeners { id: id.clone(), signal });
                     ladder.rung = Rung::Asking { until: now + ladder.ask };
                     return;
                 }
-                Towards::Ask => Towards::ByMethod,
-                Towards::ByMethod => match spec.stop.method {
-                    StopMethod::Disconnect if cluster && !by_message(spec) => Towards::Disconnect,
-                    StopMethod::Disconnect | StopMethod::Signal => Towards::Signal,
-                },
-                Towards::Disconnect => {
-                    let until = *ladder.drain_until.get_or_insert(now + ladder.drain);
-                    // Who used up the time for draining would not get any further by this.
-                    if until <= now {
-                        Towards::Signal
-                    } else {
-                        descent.actions.push(Action::Disconnect { id: id.clone() });
-                        ladder.rung = Rung::Disconnecting { until };
-                        return;
+                Towards::Ask => Towards::Drain,
+                Towards::Drain if agent => {
+                    if !cluster {
+                        descent.steps.push(StepKind::Draining);
                     }
+                    let DrainRules { in_flight, within, patience } = ladder.drain(spec);
+                    descent.actions.push(Action::Drain {
+                        id: id.clone(),
+                        idle: ladder.idle,
+                        patience,
+                        in_flight,
+                        websockets: spec.stop.drain_websockets,
+                        within,
+                    });
+                    ladder.finish_until = Some(now + within);
+                    ladder.rung = Rung::Draining { until: now + within };
+                    return;
+                }
+                Towards::Drain => Towards::End,
+                Towards::End if !cluster || by_message(spec) => Towards::Signal,
+                Towards::End => match (ladder.listeners, spec.stop.method) {
+                    // Nothing listens for the signal. Websockets may last a while where their clients could not do
+                    // better: when nobody else serves, they are about to lose the server in any case.
+                    (Some(0), _)
+                        if ladder.drained == Drained::Yes && ladder.idle == IdleConnections::Wait =>
+                    {
+                        Towards::Disconnect(ladder.finish_until.unwrap_or(now))
+                    }
+                    (Some(_), _) | (None, StopMethod::Signal) => Towards::Signal,
+                    // Who used up the time for draining would not get any further by this.
+                    (None, StopMethod::Disconnect) if ladder.drained == Drained::No => Towards::Signal,
+                    (None, StopMethod::Disconnect) => Towards::Disconnect(now + ladder.drain(spec).within),
+                },
+                Towards::Disconnect(until) => {
+                    descent.actions.push(Action::Disconnect { id: id.clone() });
+                    ladder.rung = Rung::Disconnecting { until };
+                    return;
                 }
                 Towards::Signal => {
                     let signal = spec.stop.signal;

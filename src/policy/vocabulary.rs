@@ -234,7 +234,13 @@ pub enum Action {
         id: InstanceId,
         /// What becomes of idle connections.
         idle: IdleConnections,
-        /// After this time the agent closes idle ones in any case.
+        /// After this time idle ones are closed in any case; `None`: after the time that the app's server gives them.
+        patience: Option<Duration>,
+        /// What becomes of requests that are in flight then.
+        in_flight: RequestsInFlight,
+        /// Whether websockets are closed, too.
+        websockets: bool,
+        /// After this time it goes on without `Drained`.
         within: Duration,
     },
     /// Send the cluster's `disconnect`. Answers `ChannelClosed`, or never.
@@ -298,6 +304,15 @@ pub enum Action {
     },
     /// Everything is down after `Kill` or `Terminate`: the daemon may end.
     Quit,
+}
+
+/// What becomes of requests that are in flight when idle connections are closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestsInFlight {
+    /// They are waited for: the app does not handle its kill signal, so nobody else would.
+    Finish,
+    /// They are left to the app's own handler.
+    Leave,
 }
 
 /// What becomes of idle keep-alive connections while draining.

@@ -21,10 +21,11 @@ use tokio::time::{Instant, sleep_until};
 
 use super::handle::{Ask, Replies};
 use super::operations::{Known, Operations};
-use super::outcome::{operation_view, step_view};
+use super::outcome::{operation_view, refused, step_view};
 use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
 use super::saver::{SaveDone, Saver};
+use super::shells::Shells;
 use super::variables::Variables;
 use super::world::World;
 use crate::dispatch::DispatchEvent;
@@ -43,7 +44,9 @@ use crate::model::spelling;
 use crate::model::status::Status;
 use crate::policy::fleet::Fleet;
 use crate::policy::target::{self, NoTarget};
-use crate::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Verb};
+use crate::policy::vocabulary::{
+    Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, Verb,
+};
 use crate::store::state::{Shell, State, StateStore};
 use crate::sys::tree::worker::TreeEvent;
 use crate::sys::{clock, watch};
@@ -102,8 +105,7 @@ pub struct Driver {
     saver: Saver,
     publisher: Publisher,
     operations: Operations,
-    /// The shell each app was first started from.
-    shells: BTreeMap<AppName, Shell>,
+    shells: Shells,
     /// Actions that wait for a save, oldest first.
     held: VecDeque<(SaveId, Vec<Action>)>,
     /// Outcomes that wait for the last words of a run, until then at most.
@@ -134,7 +136,7 @@ pub struct Parts {
     pub saver: Saver,
     /// Answers questions.
     pub publisher: Publisher,
-    /// The shell each app was first started from.
+    /// The shell each app takes its environment from.
     pub shells: BTreeMap<AppName, Shell>,
     /// The list for `resurrect`.
     pub dump: StateStore,
@@ -158,7 +160,7 @@ impl Driver {
             publisher,
             operations,
             kills,
-            shells,
+            shells: Shells::new(shells),
             held: VecDeque::new(),
             unsaid: Vec::new(),
             decided: VecDeque::new(),
@@ -287,7 +289,7 @@ impl Driver {
                 }
                 action => {
                     let now = clock::now();
-                    self.raised.extend(self.world.perform(now, action, &self.shells));
+                    self.raised.extend(self.world.perform(now, action, self.shells.present()));
                 }
             }
         }
@@ -297,7 +299,9 @@ impl Driver {
         state
             .apps
             .iter()
-            .filter_map(|app| Some((app.spec.name.clone(), self.shells.get(&app.spec.name)?.clone())))
+            .filter_map(|app| {
+                Some((app.spec.name.clone(), self.shells.present().get(&app.spec.name)?.clone()))
+            })
             .collect()
     }
 
@@ -306,6 +310,9 @@ impl Driver {
             let Some((save, actions)) = self.held.pop_front() else { return };
             match &done.result {
                 Ok(()) => {
+                    let fleet = &self.fleet;
+                    self.shells.retain(|app| fleet.knows(app));
+                    self.world.retain(|app| fleet.knows(app));
                     self.decided.push_back(actions);
                     self.raised.push_back(Event::Saved { save });
                 }
@@ -318,6 +325,7 @@ impl Driver {
     }
 
     fn end(&mut self, op: OpId, outcome: Outcome) {
+        self.shells.ended(op, &outcome);
         if op != OWN_OP {
             self.unsaid.push((op, outcome, clock::now() + LAST_WORDS));
         }
@@ -437,9 +445,14 @@ impl Driver {
                 }
                 if let Some(shell) = shell {
                     let shell = Arc::new(shell);
+                    if update_env {
+                        self.check_shell(&selection, &shell)?;
+                    }
                     for Selected { app, .. } in &selection {
-                        if update_env || !self.shells.contains_key(app) {
-                            self.shells.insert(app.clone(), shell.clone());
+                        if update_env {
+                            self.shells.replace(op, verb == AskedVerb::Reload, app, &shell);
+                        } else {
+                            self.shells.give(app, &shell);
                         }
                     }
                 }
@@ -459,7 +472,7 @@ impl Driver {
                 let loaded =
                     self.dump.load().map_err(|error| failed("cannot read the saved list", &error))?;
                 for (app, shell) in loaded.state.shells {
-                    self.shells.entry(app).or_insert(shell);
+                    self.shells.give(&app, &shell);
                 }
                 self.command(op, Command::Resurrect { saved: loaded.state.fleet }, replies);
             }
@@ -519,7 +532,7 @@ impl Driver {
         let shell = Arc::new(shell);
         for spec in &specs {
             if self.fleet.app(&spec.name).is_none() {
-                self.shells.insert(spec.name.clone(), shell.clone());
+                self.shells.set(&spec.name, &shell);
             }
         }
         let selection: Vec<Selected> = specs.iter().map(|spec| whole(&spec.name)).collect();
@@ -584,6 +597,18 @@ impl Driver {
         let apps = u32::try_from(state.fleet.apps.len()).unwrap_or(u32::MAX);
         self.dump.save(&state).map_err(|error| failed("cannot save the list", &error))?;
         Ok(Answer::Saved { path: self.world.dump_path(), apps })
+    }
+
+    /// Instances that an operation has yet to start would get another environment than those it has started.
+    fn check_shell(&self, selection: &[Selected], shell: &Shell) -> Result<(), Refused> {
+        for Selected { app, .. } in selection {
+            if let Some(operation) = self.fleet.app(app).and_then(|view| view.operation)
+                && self.shells.present().get(app) != Some(shell)
+            {
+                return Err(refused(&Refusal::Busy { app: app.clone(), operation }));
+            }
+        }
+        Ok(())
     }
 
     /// Two apps with one address would take each other's connections.

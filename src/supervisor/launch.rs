@@ -17,7 +17,7 @@ use crate::store::env_file;
 use crate::store::environment::{self, OwnVariables};
 
 /// The first descriptor after stdin, stdout and stderr (`SD_LISTEN_FDS_START`).
-const FIRST_FD: usize = 3;
+pub(super) const FIRST_FD: usize = 3;
 
 /// Where PATH is looked for when the environment has none; what execvp(3) does.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv6Addr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use super::fnv;
@@ -215,7 +215,13 @@ fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
         }
     })?;
     let blocking = if listener.blocking { listen::set_blocking } else { listen::set_nonblocking };
-    blocking(socket.as_fd()).map_err(|source| OpenError::Other { address, source })?;
+    let nodelay = |socket: BorrowedFd<'_>| match listener.address {
+        ListenAddress::Tcp(_) => listen::set_nodelay(socket),
+        ListenAddress::Unix(_) => Ok(()),
+    };
+    blocking(socket.as_fd())
+        .and_then(|()| nodelay(socket.as_fd()))
+        .map_err(|source| OpenError::Other { address, source })?;
     Ok(socket)
 }
 

@@ -19,6 +19,7 @@ pub mod ready;
 pub mod recovery;
 pub mod run;
 pub mod saver;
+pub mod shells;
 pub mod tag;
 pub mod variables;
 pub mod world;

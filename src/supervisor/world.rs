@@ -18,13 +18,16 @@ use tokio::task::AbortHandle;
 use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
+use super::launch::FIRST_FD;
 use super::listeners::Listeners;
 use super::operations::Operations;
 use super::outcome::Witness;
 use super::publish::SlotInfo;
 use super::tag::{HomeMark, Tag};
 use super::variables::Variables;
-use crate::dispatch::{Command, DispatchEvent, DispatchHandle, Idle, KeptListener, OpenListener, Token};
+use crate::dispatch::{
+    Command, DispatchEvent, DispatchHandle, Drain, Idle, InFlight, KeptListener, OpenListener, Token,
+};
 use crate::keeper::link::{Link, LinkError};
 use crate::keeper::wire::{FromKeeper, HeldFds, ToKeeper};
 use crate::logs::naming::{is_merged, log_paths};
@@ -35,7 +38,7 @@ use crate::model::moment::{Moment, millis};
 use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
 use crate::policy::fleet::{AppView, Fleet};
-use crate::policy::vocabulary::{Action, Event, IdleConnections, SlotView};
+use crate::policy::vocabulary::{Action, Event, IdleConnections, RequestsInFlight, SlotView};
 use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::child::WaitStatus;
@@ -261,6 +264,11 @@ impl World {
         }
     }
 
+    /// Forgets what is kept for messages about apps that are no more.
+    pub fn retain(&mut self, is_known: impl Fn(&AppName) -> bool) {
+        self.listen_timeouts.retain(|app, _| is_known(app));
+    }
+
     /// Performs one action; what is known at once comes back as events.
     pub fn perform(&mut self, now: Moment, action: Action, shells: &BTreeMap<AppName, Shell>) -> Vec<Event> {
         tracing::trace!(?action, ?now, "perform");
@@ -288,12 +296,17 @@ impl World {
             Action::AskKillListeners { id, signal } => {
                 self.dispatch(Command::AskKillListeners { id, signal })
             }
-            Action::Drain { id, idle, within } => {
+            Action::Drain { id, idle, patience, in_flight, websockets, within: _ } => {
                 let idle = match idle {
                     IdleConnections::Wait => Idle::Wait,
                     IdleConnections::Close => Idle::CloseNow,
                 };
-                self.dispatch(Command::Drain { id, idle, within })
+                let in_flight = match in_flight {
+                    RequestsInFlight::Finish => InFlight::Finish,
+                    RequestsInFlight::Leave => InFlight::Leave,
+                };
+                let drain = Drain { idle, patience, in_flight, websockets };
+                self.dispatch(Command::Drain { id, drain })
             }
             Action::Disconnect { id } => self.dispatch(Command::Disconnect { id }),
             Action::SendShutdown { id } => self.dispatch(Command::SendShutdown { id }),
@@ -621,6 +634,7 @@ impl World {
                 None
             }
             DispatchEvent::Online { .. }
+            | DispatchEvent::Figures { .. }
             | DispatchEvent::UserMessage { .. }
             | DispatchEvent::MessageDropped { .. }
             | DispatchEvent::Frozen { .. } => None,
@@ -715,7 +729,7 @@ impl World {
         self.cluster_listeners
             .iter()
             .filter(|((app, _), listener)| *app == spec.name && !listener.address.is_empty())
-            .map(|(_, listener)| listener.address.clone())
+            .map(|(_, listener)| configured(spec, &listener.address).unwrap_or_else(|| listener.address.clone()))
             .collect()
     }
 
@@ -754,6 +768,12 @@ impl Witness for World {
     fn listen_timeout(&self, app: &AppName) -> Option<Duration> {
         self.listen_timeouts.get(app).copied()
     }
+}
+
+/// The configured address behind `fd 3`, as a worker calls it that listens on one of LISTEN_FDS.
+fn configured(spec: &AppSpec, address: &str) -> Option<String> {
+    let fd: usize = address.strip_prefix("fd ")?.parse().ok()?;
+    Some(spec.listen.get(fd.checked_sub(FIRST_FD)?)?.address.to_string())
 }
 
 fn reason_of(status: WaitStatus) -> ExitReason {

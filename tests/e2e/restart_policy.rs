@@ -145,7 +145,7 @@ fn autorestart_false_leaves_it_stopped_with_its_code() {
 }
 
 #[test]
-fn stop_wins_against_a_pending_restart() {
+fn pain_21_stop_wins_against_a_pending_restart() {
     let home = Home::new();
     home.write("app.sh", &noting("exit 1"));
     start_failing(&home, "restart_delay = '1500ms'");
@@ -164,7 +164,7 @@ fn stop_wins_against_a_pending_restart() {
 }
 
 #[test]
-fn delete_wins_against_a_pending_restart() {
+fn pain_21_delete_wins_against_a_pending_restart() {
     let home = Home::new();
     home.write("app.sh", &noting("exit 1"));
     start_failing(&home, "restart_delay = '1s'");

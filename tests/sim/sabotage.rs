@@ -9,7 +9,9 @@ use pm::model::id::{AppName, Generation, InstanceId, OpId, Slot};
 use pm::model::saved::{Desired, Found, SavedFleet};
 use pm::model::signal::Signal;
 use pm::model::spec::KillMode;
-use pm::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, Verb};
+use pm::policy::vocabulary::{
+    Action, AppOutcome, Command, Event, IdleConnections, Outcome, RequestsInFlight, Verb,
+};
 
 use crate::random::first_breach;
 
@@ -129,10 +131,12 @@ impl Sabotage {
                 if self.bug == Bug::SignalAtOnce {
                     out.push(Action::TakeOut { id: id.clone() });
                 } else {
-                    let idle = pm::policy::vocabulary::IdleConnections::Close;
                     out.push(Action::Drain {
                         id: id.clone(),
-                        idle,
+                        idle: IdleConnections::Close,
+                        patience: None,
+                        in_flight: RequestsInFlight::Leave,
+                        websockets: false,
                         within: std::time::Duration::from_secs(1),
                     });
                 }

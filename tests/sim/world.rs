@@ -67,7 +67,7 @@ pub(crate) struct Proc {
 }
 
 impl Proc {
-    fn alive(&self) -> bool {
+    pub(crate) fn alive(&self) -> bool {
         self.pid.is_some() && self.exited.is_none()
     }
 
@@ -156,6 +156,8 @@ pub(crate) struct World {
     pub(crate) broken: Option<Broken>,
     pub(crate) log: Vec<String>,
     pub(crate) verbose: bool,
+    /// The memory of a supervisor is kept also where none dies by chance.
+    pub(crate) remembers: bool,
     pub(crate) spawns: u32,
     stuck: u32,
     last_op: Option<OpId>,
@@ -188,6 +190,7 @@ impl World {
             broken: None,
             log: Vec::new(),
             verbose: false,
+            remembers: false,
             spawns: 0,
             stuck: 0,
             last_op: None,
@@ -250,6 +253,16 @@ impl World {
             let id = id.clone();
             self.happen(Happening::Exits(id, reason.clone()));
         }
+    }
+
+    /// This run ends like this.
+    pub(crate) fn crash_run(&mut self, id: &InstanceId, reason: &ExitReason) {
+        self.happen(Happening::Exits(id.clone(), reason.clone()));
+    }
+
+    /// How a request ended, if it has.
+    pub(crate) fn answer(&self, op: OpId) -> Option<&Outcome> {
+        self.outcomes.iter().find(|(one, _)| *one == op).map(|(_, outcome)| outcome)
     }
 
     pub(crate) fn pids(&self, app: &str) -> Vec<u32> {
@@ -640,7 +653,9 @@ impl World {
     fn lose(&mut self, action: &Action) {
         let (id, signal) = match action {
             Action::Signal { id, .. } | Action::SendShutdown { id } | Action::KillTree { id } => (id, true),
-            Action::TakeOut { id } | Action::Drain { id, .. } => (id, false),
+            Action::TakeOut { id } | Action::AskKillListeners { id, .. } | Action::Drain { id, .. } => {
+                (id, false)
+            }
             _ => return,
         };
         if let Some(proc) = self.procs.get_mut(id) {
@@ -661,7 +676,7 @@ impl World {
     fn remember(&mut self) {
         let Some(fleet) = &self.fleet else { return };
         // Only where it may be needed: building it costs more than the turn.
-        if self.unkind.dies > 0 || self.verbose {
+        if self.unkind.dies > 0 || self.verbose || self.remembers {
             self.memo = Some(fleet.memo());
             for proc in self.procs.values_mut() {
                 proc.told.clear();
@@ -738,9 +753,13 @@ impl World {
                     span.map(|span| (span, Event::Drained { id }))
                 });
             }
-            Action::AskKillListeners { id, .. } => self.order(id, |proc, _, id| {
-                proc.behaviour.kill_listeners.map(|count| (millis(1), Event::KillListeners { id, count }))
-            }),
+            Action::AskKillListeners { id, .. } => {
+                self.check_takedown(&id);
+                self.order(id, |proc, _, id| {
+                    proc.ladder = true;
+                    proc.behaviour.kill_listeners.map(|count| (millis(1), Event::KillListeners { id, count }))
+                });
+            }
             Action::Disconnect { id } => self.order(id, |proc, _, id| {
                 proc.behaviour.disconnects_after.map(|span| (span, Event::ChannelClosed { id }))
             }),

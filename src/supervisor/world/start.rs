@@ -12,7 +12,7 @@ use super::super::launch::{self, Descriptors, Launch, Role};
 use super::super::ready;
 use super::super::tag::{Held, Nonce, Tag};
 use super::{End, Run, World};
-use crate::dispatch::{ChannelKind, Command, NewInstance};
+use crate::dispatch::{ChannelKind, Command, Greeting, NewInstance};
 use crate::keeper::link::{LinkError, SpawnRequest};
 use crate::keeper::wire;
 use crate::logs::naming::{is_merged, log_paths};
@@ -242,7 +242,7 @@ impl World {
                 id: id.clone(),
                 channel,
                 kind,
-                has_agent: spec.has_agent(),
+                agent: spec.has_agent().then_some(Greeting { websockets: spec.stop.drain_websockets }),
                 adopted: parts.adopted,
             };
             self.dispatch.send(Command::AddInstance(Box::new(new)));

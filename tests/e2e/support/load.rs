@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,6 +38,26 @@ impl From<u16> for Target {
 pub(crate) enum Connections {
     OnePerRequest,
     KeepAlive,
+}
+
+/// How clients behave.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Manner {
+    pub(crate) kind: Connections,
+    /// Before each request a client pauses for a random time below this.
+    pub(crate) pause: Duration,
+    /// Whether a kept connection that ended before the next request was sent is opened anew, as every client in the
+    /// world does, instead of counted as a reset.
+    pub(crate) looks_first: bool,
+    /// What a right answer is; may add the headers that are counted.
+    pub(crate) check: fn(Reply) -> Result<Reply, Failure>,
+}
+
+impl Manner {
+    /// No pauses, the fixtures' answers, and an unannounced end is a failure at any time.
+    pub(crate) fn strict(kind: Connections) -> Self {
+        Self { kind, pause: Duration::ZERO, looks_first: false, check }
+    }
 }
 
 /// A complete answer.
@@ -138,12 +159,18 @@ impl Load {
     /// Starts the load and returns when the first answers are there.
     #[track_caller]
     pub(crate) fn start(target: impl Into<Target>, connections: usize, kind: Connections) -> Self {
+        Self::with(target, connections, Manner::strict(kind))
+    }
+
+    /// Starts clients that behave in this manner and returns when the first answers are there.
+    #[track_caller]
+    pub(crate) fn with(target: impl Into<Target>, connections: usize, manner: Manner) -> Self {
         let target = target.into();
         let shared = Arc::new(Shared::default());
         let threads = (0..connections)
-            .map(|_| {
+            .map(|client| {
                 let (target, shared) = (target.clone(), Arc::clone(&shared));
-                std::thread::spawn(move || closed_loop(&target, kind, &shared))
+                std::thread::spawn(move || closed_loop(&target, manner, client, &shared))
             })
             .collect();
         let load = Self { shared, threads };
@@ -183,10 +210,16 @@ impl Drop for Load {
     }
 }
 
-fn closed_loop(target: &Target, kind: Connections, shared: &Shared) -> Tally {
+fn closed_loop(target: &Target, manner: Manner, client: usize, shared: &Shared) -> Tally {
+    let Manner { kind, pause, looks_first, check } = manner;
     let mut tally = Tally::default();
+    let mut pauses = Pauses::below(pause, client);
     let mut open: Option<BufReader<Box<dyn Connection>>> = None;
     while !shared.stop.load(Ordering::Relaxed) {
+        super::wait::pause_for(pauses.next());
+        if looks_first && open.as_ref().is_some_and(|connection| connection.get_ref().has_ended()) {
+            open = None;
+        }
         let from = Instant::now();
         let result = match open.take().map_or_else(|| connect(target).map(BufReader::new), Ok) {
             Ok(mut connection) => exchange(&mut connection, kind, "/").and_then(check).inspect(|reply| {
@@ -229,8 +262,40 @@ pub(crate) fn get(target: impl Into<Target>, path: &str) -> Result<Reply, Failur
     exchange(&mut BufReader::new(connection), Connections::OnePerRequest, path)
 }
 
-trait Connection: Read + Write + Send {}
-impl<T: Read + Write + Send> Connection for T {}
+trait Connection: Read + Write + Send {
+    /// Whether the other side has said that nothing more comes. A reset is not an end but a failure: the next request
+    /// will find it.
+    fn has_ended(&self) -> bool;
+}
+
+impl<T: Read + Write + Send + AsFd> Connection for T {
+    fn has_ended(&self) -> bool {
+        use nix::sys::socket::{MsgFlags, recv};
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        recv(self.as_fd().as_raw_fd(), &mut [0], flags) == Ok(0)
+    }
+}
+
+/// Random pauses, the same for a client in each run (xorshift).
+#[derive(Debug)]
+struct Pauses {
+    below: u64,
+    state: u64,
+}
+
+impl Pauses {
+    fn below(pause: Duration, client: usize) -> Self {
+        let seed = u64::try_from(client).expect("small").wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        Self { below: u64::try_from(pause.as_micros()).expect("short"), state: seed }
+    }
+
+    fn next(&mut self) -> Duration {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        Duration::from_micros(self.state.checked_rem(self.below).unwrap_or(0))
+    }
+}
 
 fn connect(target: &Target) -> Result<Box<dyn Connection>, Failure> {
     let failed = |error: std::io::Error| match error.kind() {

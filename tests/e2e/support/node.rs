@@ -13,7 +13,7 @@ pub(crate) struct Node {
 }
 
 /// Where `tests/run.sh` installs what the tests need from npm.
-fn cache() -> PathBuf {
+pub(crate) fn cache() -> PathBuf {
     std::env::var_os("PM_TEST_CACHE").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/pm-tests"),
         PathBuf::from,

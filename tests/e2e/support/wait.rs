@@ -49,3 +49,11 @@ pub(crate) fn equal<T: PartialEq>(seen: T, wanted: &T) -> Result<(), T> {
 pub(crate) fn pause() {
     std::thread::sleep(POLL);
 }
+
+/// A client that thinks before its next request.
+#[expect(clippy::disallowed_methods, reason = "load with pauses is the point; nothing is waited for")]
+pub(crate) fn pause_for(time: Duration) {
+    if !time.is_zero() {
+        std::thread::sleep(time);
+    }
+}
