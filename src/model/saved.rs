@@ -115,6 +115,9 @@ pub struct SlotMemo {
     pub created: Moment,
     /// How the last run ended.
     pub last_exit: Option<ExitReason>,
+    /// Nobody had asked that run to end.
+    #[serde(default)]
+    pub by_itself: bool,
     /// The highest generation that was given out: a found one up to it that is not remembered is accounted for.
     #[serde(default)]
     pub newest: Generation,

@@ -151,7 +151,7 @@ impl Fleet {
                 state.restarts = memo.restarts;
                 state.streak = Streak { unstable: memo.unstable, failures: memo.failures };
                 state.created = memo.created;
-                state.last_exit = memo.last_exit;
+                (state.last_exit, state.by_itself) = (memo.last_exit, memo.by_itself);
                 state.ended = memo.ended;
                 state.next_generation = state.next_generation.max(memo.newest.0 + 1);
                 if wanted.desired == Desired::Running {

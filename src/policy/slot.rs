@@ -124,6 +124,7 @@ impl SlotState {
             errored: self.rest == Rest::Errored,
             created: self.created,
             last_exit: self.last_exit.clone(),
+            by_itself: self.by_itself,
             newest: Generation(self.next_generation.saturating_sub(1)),
             ended: self.ended.filter(|_| self.rest == Rest::Stopped),
             stop_unsaved: false,

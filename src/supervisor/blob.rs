@@ -12,7 +12,7 @@ use crate::model::id::{AppName, InstanceId};
 use crate::model::saved::Memo;
 
 /// Grows with what has to survive a supervisor. Older versions are ignored, which costs counters and nothing else.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: u64 = 0x706d_2062_6c6f_6231;
 const HEADER: usize = 32;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::Interest;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::handle::{Ask, Replies};
@@ -60,8 +60,9 @@ const ASKS_BATCH: usize = 16;
 /// Everything that reaches the driver beside requests.
 #[derive(Debug)]
 pub enum Input {
-    /// An instance said "ready" on its notify socket or ready pipe.
-    SaidReady(InstanceId),
+    /// An instance said "ready" on its notify socket or ready pipe; who heard it may want to know when that is
+    /// recorded.
+    SaidReady(InstanceId, Option<oneshot::Sender<()>>),
     /// From the dispatcher.
     Dispatch(DispatchEvent),
     /// From the tree worker.
@@ -367,7 +368,10 @@ impl Driver {
 
     fn happened(&mut self, input: Input) {
         let event = match input {
-            Input::SaidReady(id) => Some(Event::Ready { id }),
+            Input::SaidReady(id, recorded) => {
+                self.world.tell_when_recorded(recorded);
+                Some(Event::Ready { id })
+            }
             Input::Dispatch(event) => {
                 if let DispatchEvent::ListenerClosed { id, key, left: 0, .. } = &event {
                     self.world.look_later(id.app.clone(), key.clone());

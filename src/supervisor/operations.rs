@@ -29,10 +29,27 @@ pub type Ended = Result<OperationView, Refused>;
 #[derive(Debug, Default)]
 pub struct Operations {
     under_way: BTreeMap<OpId, UnderWay>,
-    ended: VecDeque<(OpId, Moment, Ended)>,
+    ended: VecDeque<Past>,
     /// Everything that an earlier supervisor was asked is known, so that what is not was never begun.
     complete: bool,
     changes: u64,
+}
+
+/// An operation that has ended.
+#[derive(Debug)]
+struct Past {
+    op: OpId,
+    at: Moment,
+    ended: Ended,
+    /// The same for the memo, which is asked for in every turn: written once.
+    text: Vec<u8>,
+}
+
+impl Past {
+    fn new(op: OpId, at: Moment, ended: Ended) -> Self {
+        let text = serde_json::to_vec(&ended).unwrap_or_default();
+        Self { op, at, ended, text }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -69,7 +86,8 @@ impl Operations {
         let Some(OperationsMemo { under_way, ended }) = memo else { return Vec::new() };
         self.complete = true;
         let outcome = |(op, at, text): (OpId, Moment, Vec<u8>)| {
-            Some((op, at, serde_json::from_slice::<Ended>(&text).ok()?))
+            let ended = serde_json::from_slice::<Ended>(&text).ok()?;
+            Some(Past { op, at, ended, text })
         };
         self.ended.extend(ended.into_iter().filter_map(outcome));
         let mut again = Vec::new();
@@ -94,8 +112,8 @@ impl Operations {
             ended: self
                 .ended
                 .iter()
-                .filter(|(_, at, _)| now.since(*at) < ASKED_WITHIN)
-                .map(|(op, at, ended)| (*op, *at, serde_json::to_vec(ended).unwrap_or_default()))
+                .filter(|past| now.since(past.at) < ASKED_WITHIN)
+                .map(|past| (past.op, past.at, past.text.clone()))
                 .collect(),
         }
     }
@@ -122,9 +140,9 @@ impl Operations {
             operation.clients.push(client.clone());
             return Known::Joined;
         }
-        match self.ended.iter().find(|(known, ..)| *known == op) {
-            Some((.., ended)) => {
-                let _ = client.send(reply(ended.clone()));
+        match self.ended.iter().find(|past| past.op == op) {
+            Some(past) => {
+                let _ = client.send(reply(past.ended.clone()));
                 Known::Joined
             }
             None if self.complete => Known::NeverBegun,
@@ -162,10 +180,10 @@ impl Operations {
         for client in operation.clients {
             let _ = client.send(reply(ended.clone()));
         }
-        self.ended.push_back((op, now, ended));
-        let mut apps: usize = self.ended.iter().map(|(_, _, ended)| size(ended)).sum();
+        self.ended.push_back(Past::new(op, now, ended));
+        let mut apps: usize = self.ended.iter().map(|past| size(&past.ended)).sum();
         while self.ended.len() > 1 && (self.ended.len() > REMEMBERED || apps > REMEMBERED_APPS) {
-            apps -= self.ended.pop_front().map_or(0, |(_, _, ended)| size(&ended));
+            apps -= self.ended.pop_front().map_or(0, |past| size(&past.ended));
         }
         self.changes += 1;
     }

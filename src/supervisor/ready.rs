@@ -5,19 +5,22 @@
 //! channel, the third source, belongs to the dispatcher.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram as StdDatagram};
 use std::path::{Path, PathBuf};
 
-use tokio::io::AsyncReadExt;
+use nix::sys::socket::{MsgFlags, recv};
+use tokio::io::Interest;
 use tokio::net::UnixDatagram;
-use tokio::net::unix::pipe;
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::driver::Input;
 use crate::model::id::{Generation, InstanceId, PmId};
+use crate::sys::pipe::peek_pipe;
+use crate::sys::watch;
 
 /// The longest path of a unix socket, unix(7), less the final zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -66,7 +69,8 @@ pub fn bind_notify(dir: &Path, pm_id: PmId, generation: Generation) -> io::Resul
     Ok(NotifySocket { socket, name })
 }
 
-/// Listens on a notify socket until the task is aborted.
+/// Listens on a notify socket until the task is aborted. What says "ready" is taken from the socket only when that is
+/// recorded: a supervisor that dies in between leaves it to the next one.
 ///
 /// # Errors
 /// When the socket cannot be registered with the runtime.
@@ -79,18 +83,26 @@ pub fn listen_notify(
     let task = tokio::spawn(async move {
         let mut datagram = vec![0; DATAGRAM_MAX];
         loop {
-            let Ok(length) = socket.recv(&mut datagram).await else { return };
+            let peek = || Ok(recv(socket.as_raw_fd(), &mut datagram, MsgFlags::MSG_PEEK)?);
+            let Ok(length) = socket.async_io(Interest::READABLE, peek).await else { return };
             let says_ready = datagram[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1");
             if says_ready {
-                // Fails only when the driver has ended.
-                let _ = inputs.send(Input::SaidReady(id.clone()));
+                let (recorded, is_recorded) = oneshot::channel();
+                // Both fail only when the driver has ended.
+                let _ = inputs.send(Input::SaidReady(id.clone(), Some(recorded)));
+                if is_recorded.await.is_err() {
+                    return;
+                }
+            }
+            if socket.recv(&mut datagram).await.is_err() {
+                return;
             }
         }
     });
     Ok(task.abort_handle())
 }
 
-/// Waits for a newline on a ready pipe.
+/// Waits for a newline on a ready pipe, and leaves it there for the next supervisor: nothing else is ever read from it.
 ///
 /// # Errors
 /// When the pipe cannot be registered with the runtime.
@@ -99,19 +111,80 @@ pub fn listen_pipe(
     reader: OwnedFd,
     inputs: UnboundedSender<Input>,
 ) -> io::Result<AbortHandle> {
-    let mut pipe = pipe::Receiver::from_owned_fd(reader)?;
+    let pipe = watch::descriptor(reader, Interest::READABLE)?;
     let task = tokio::spawn(async move {
         let mut bytes = [0; 64];
         loop {
-            match pipe.read(&mut bytes).await {
-                Ok(0) | Err(_) => return,
-                Ok(length) if bytes[..length].contains(&b'\n') => {
-                    let _ = inputs.send(Input::SaidReady(id));
+            let Ok(mut ready) = pipe.readable().await else { return };
+            match ready.try_io(|pipe| peek_pipe(pipe.get_ref(), &mut bytes)) {
+                Ok(Ok(0) | Err(_)) => return,
+                Ok(Ok(length)) if bytes[..length].contains(&b'\n') => {
+                    let _ = inputs.send(Input::SaidReady(id, None));
                     return;
                 }
-                Ok(_) => {}
+                // Bytes without meaning are taken away, or nobody would hear what comes behind them.
+                Ok(Ok(length)) => {
+                    if nix::unistd::read(pipe.get_ref(), &mut bytes[..length]).is_err() {
+                        return;
+                    }
+                }
+                Err(_) => {}
             }
         }
     });
     Ok(task.abort_handle())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use tokio::sync::mpsc::unbounded_channel;
+
+    use super::*;
+    use crate::model::id::{AppName, Slot};
+    use crate::sys::pipe::ready_pipe;
+
+    fn id() -> InstanceId {
+        InstanceId { app: AppName::new("api").unwrap(), slot: Slot(0), generation: Generation(1) }
+    }
+
+    #[tokio::test]
+    async fn ready_stays_on_the_notify_socket_until_it_is_recorded() {
+        let (theirs, ours) = StdDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let next = ours.try_clone().unwrap();
+        let (inputs, mut heard) = unbounded_channel();
+        let _ear = listen_notify(id(), ours, inputs).unwrap();
+        theirs.send(b"STATUS=soon").unwrap();
+        theirs.send(b"STATUS=now\nREADY=1\n").unwrap();
+        let Some(Input::SaidReady(_, Some(recorded))) = heard.recv().await else { panic!("not heard") };
+        // The supervisor dies here: the next one finds it, and it alone.
+        let mut datagram = [0; 64];
+        let length = recv(next.as_raw_fd(), &mut datagram, MsgFlags::MSG_PEEK).unwrap();
+        assert_eq!(&datagram[..length], b"STATUS=now\nREADY=1\n");
+        recorded.send(()).unwrap();
+        // What comes later does not fill the socket.
+        for _ in 0..2000 {
+            theirs.send(b"WATCHDOG=1").unwrap();
+            tokio::task::yield_now().await;
+        }
+        theirs.send(b"READY=1").unwrap();
+        assert!(matches!(heard.recv().await, Some(Input::SaidReady(..))));
+    }
+
+    #[tokio::test]
+    async fn a_newline_stays_in_the_ready_pipe_for_the_next_supervisor() {
+        let (theirs, ours) = ready_pipe().unwrap();
+        let next = ours.try_clone().unwrap();
+        let mut theirs = std::fs::File::from(theirs);
+        let (inputs, mut heard) = unbounded_channel();
+        let _ear = listen_pipe(id(), ours, inputs.clone()).unwrap();
+        theirs.write_all(b"almost ").unwrap();
+        tokio::task::yield_now().await;
+        theirs.write_all(b"there\n").unwrap();
+        assert!(matches!(heard.recv().await, Some(Input::SaidReady(_, None))));
+        let _ear = listen_pipe(id(), next, inputs).unwrap();
+        assert!(matches!(heard.recv().await, Some(Input::SaidReady(_, None))));
+    }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
@@ -129,6 +130,8 @@ pub struct World {
     changes: u64,
     /// Dispatcher tokens to acknowledge when the blob is written.
     unrecorded: Vec<Token>,
+    /// Who waits for the same beside the dispatcher.
+    waiting: Vec<oneshot::Sender<()>>,
     /// Listeners that workers asked for, by app and key.
     cluster_listeners: BTreeMap<(AppName, String), ListenerMemo>,
     /// `listen_timeout` of each app, for messages.
@@ -192,6 +195,7 @@ impl World {
             next_request: 1,
             changes: 0,
             unrecorded: Vec::new(),
+            waiting: Vec::new(),
             cluster_listeners: BTreeMap::new(),
             listen_timeouts: HashMap::new(),
             recent: VecDeque::new(),
@@ -262,6 +266,15 @@ impl World {
         for token in self.unrecorded.drain(..) {
             self.dispatch.send(Command::Recorded { token });
         }
+        for waiting in self.waiting.drain(..) {
+            // Who has gone meanwhile waits no more.
+            let _ = waiting.send(());
+        }
+    }
+
+    /// Says when what happens in this turn is in the blob.
+    pub fn tell_when_recorded(&mut self, waiting: Option<oneshot::Sender<()>>) {
+        self.waiting.extend(waiting);
     }
 
     /// Forgets what is kept for messages about apps that are no more.

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, SpliceFFlags, tee};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
 
@@ -46,6 +46,16 @@ pub fn ready_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     set_nonblocking(&reader)?;
     Ok((writer, reader))
+}
+
+/// Reads what is in a pipe and leaves it there, tee(2): at most 64 KiB or what `bytes` has room for. 0 at its end.
+///
+/// # Errors
+/// EAGAIN when it is empty; EMFILE and ENFILE.
+pub fn peek_pipe(pipe: &OwnedFd, bytes: &mut [u8]) -> io::Result<usize> {
+    let (copy, writer) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let length = tee(pipe, &writer, bytes.len(), SpliceFFlags::SPLICE_F_NONBLOCK)?;
+    Ok(if length == 0 { 0 } else { nix::unistd::read(&copy, bytes)? })
 }
 
 /// The two ends of a Node channel (AF_UNIX, SOCK_STREAM, CLOEXEC): ours (non-blocking), the application's (blocking,

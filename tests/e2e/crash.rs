@@ -105,6 +105,13 @@ fn an_exit_while_there_is_no_supervisor_is_accounted_for() {
     assert_eq!(row.restarts, 1);
     let row = home.wait_status("once", "stopped");
     assert_eq!(row.env("exit_code"), 7, "{row:?}");
+    // Nobody had asked it to end: that is worth a note, also when yet another supervisor tells it.
+    home.ok(&["list"]).says("exit code 7");
+    process::end(home.supervisor());
+    wait_until("the note is back", PATIENT, || {
+        let run = home.pm(&["list"]);
+        if run.code == 0 && run.text().contains("exit code 7") { Ok(()) } else { Err(run) }
+    });
 }
 
 #[test]
