@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, Generation, OpId, PmId, Slot};
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
@@ -45,6 +46,9 @@ pub enum Request {
     List {
         /// Names, namespaces, ids, /regex/, `all`.
         targets: Vec<String>,
+        /// With what the agents in Node processes have measured.
+        #[serde(default)]
+        figures: bool,
     },
     /// The table with everything known: processes of each instance, environment, paths. Answers `Describe`.
     Describe {
@@ -353,6 +357,9 @@ pub struct Row {
     pub memory: Option<u64>,
     /// Addresses the app listens on, as far as pm knows them: "http://127.0.0.1:8080" is made from them.
     pub listen: Vec<String>,
+    /// What the agent in a Node process has measured, where it was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub figures: Option<NodeFigures>,
 }
 
 /// The machine.

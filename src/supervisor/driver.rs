@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
+use super::figures::{Surveys, Then};
 use super::handle::{Ask, Replies};
 use super::operations::{Known, Operations};
 use super::outcome::{operation_view, refused, step_view};
@@ -105,6 +106,7 @@ pub struct Driver {
     world: World,
     saver: Saver,
     publisher: Publisher,
+    surveys: Surveys,
     operations: Operations,
     shells: Shells,
     /// Actions that wait for a save, oldest first.
@@ -159,6 +161,7 @@ impl Driver {
             world,
             saver,
             publisher,
+            surveys: Surveys::default(),
             operations,
             kills,
             shells: Shells::new(shells),
@@ -195,7 +198,9 @@ impl Driver {
         self.settle();
         while !self.quitting {
             let words = self.unsaid.iter().map(|(_, _, until)| *until).min();
-            let deadline = self.fleet.next_deadline().into_iter().chain(words).min().map(instant_of);
+            let surveys = self.surveys.next_deadline();
+            let deadline =
+                self.fleet.next_deadline().into_iter().chain(words).chain(surveys).min().map(instant_of);
             tokio::select! {
                 biased;
                 // An exit outranks a grace period that has just run out: a worker that left in time must not be
@@ -229,6 +234,9 @@ impl Driver {
                 self.asked(ask);
             }
             self.settle();
+            for job in self.surveys.ready(clock::now()) {
+                self.publisher.ask(job);
+            }
             self.world.flush()?;
         }
         Ok(self.world)
@@ -372,7 +380,14 @@ impl Driver {
                 self.world.tell_when_recorded(recorded);
                 Some(Event::Ready { id })
             }
+            Input::Dispatch(DispatchEvent::Figures { id, figures, .. }) => {
+                self.surveys.answered(clock::now(), &id, *figures);
+                None
+            }
             Input::Dispatch(event) => {
+                if let DispatchEvent::ChannelClosed { id } = &event {
+                    self.surveys.forget(id);
+                }
                 if let DispatchEvent::ListenerClosed { id, key, left: 0, .. } = &event {
                     self.world.look_later(id.app.clone(), key.clone());
                 }
@@ -421,7 +436,9 @@ impl Driver {
                     supervisor_pid: std::process::id(),
                 }));
             }
-            Request::List { targets } => self.publish(Question::List, &targets, replies)?,
+            Request::List { targets, figures } => {
+                self.publish(Question::List { figures }, &targets, replies)?;
+            }
             Request::Describe { targets, show_env } => {
                 self.publish(Question::Describe(show_env.into()), &targets, replies)?;
             }
@@ -718,11 +735,19 @@ impl Driver {
         Ok(infos)
     }
 
-    fn publish(&self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
+    fn publish(&mut self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
         let slots = self.slots(targets)?;
         let mut warnings = self.warnings.clone();
         warnings.extend(self.world.warnings());
-        self.publisher.ask(Job { question, slots, warnings, now: clock::now(), replies: replies.clone() });
+        let job = Job { question, slots, warnings, now: clock::now(), replies: replies.clone() };
+        if let Question::List { figures: false } = question {
+            self.publisher.ask(job);
+            return Ok(());
+        }
+        match self.surveys.begin(job) {
+            Then::Answer(job) => self.publisher.ask(*job),
+            Then::Ask { ids, ask } => self.world.ask_figures(ids, ask),
+        }
         Ok(())
     }
 }

@@ -6,10 +6,11 @@
 use std::collections::BTreeMap;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
-use serde_json::value::{RawValue, to_raw_value};
+use serde_json::value::{RawValue, Value, to_raw_value};
 
 use super::publish::{Numbers, SlotInfo};
 use crate::ipc::protocol::{MASK, ProcessView};
+use crate::model::figures::NodeFigures;
 use crate::model::moment::millis;
 use crate::model::spec::ExecMode;
 use crate::model::status::Status;
@@ -179,7 +180,7 @@ impl Serialize for Pm2Env<'_> {
         map.put("username", &info.username)?;
         map.put("unique_id", &info.unique_id)?;
         map.put("axm_actions", &[(); 0])?;
-        map.put("axm_monitor", &BTreeMap::<&str, &str>::new())?;
+        map.put("axm_monitor", &Monitor(info.inside.figures()))?;
         map.put("axm_options", &BTreeMap::from([("module_name", spec.name.as_str())]))?;
         map.put("axm_dynamic", &BTreeMap::<&str, &str>::new())?;
         map.put("versioning", &None::<()>)?;
@@ -194,6 +195,69 @@ impl Serialize for Pm2Env<'_> {
         }
         map.map.end()
     }
+}
+
+/// What PM2's own agent reports, in its words and units; metrics that have no value yet are not there.
+struct Monitor<'a>(Option<&'a NodeFigures>);
+
+#[derive(serde::Serialize)]
+struct Metric<V> {
+    value: V,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    unit: &'static str,
+    historic: bool,
+}
+
+impl Serialize for Monitor<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        let Some(node) = self.0 else { return map.end() };
+        let mebibytes = |bytes| decimals(count(bytes) / 1_048_576.0);
+        let mut put = |name: &str, value: Value, unit, kind| {
+            map.serialize_entry(name, &Metric { value, kind, unit, historic: true })
+        };
+        put("Used Heap Size", mebibytes(node.heap_used), "MiB", "internal/v8/heap/used")?;
+        let usage = (count(node.heap_used) / count(node.heap_total.max(1)) * 10_000.0).round() / 100.0;
+        put("Heap Usage", usage.into(), "%", "internal/v8/heap/usage")?;
+        put("Heap Size", mebibytes(node.heap_total), "MiB", "internal/v8/heap/total")?;
+        put("External Memory", mebibytes(node.external), "MiB", "internal/v8/external")?;
+        put("Array Buffers", mebibytes(node.array_buffers), "MiB", "internal/v8/arraybuffers")?;
+        if let Some(delay) = node.loop_delay {
+            put("Event Loop Latency", decimals(delay.p50), "ms", "internal/libuv/latency/p50")?;
+            put("Event Loop Latency p95", decimals(delay.p95), "ms", "internal/libuv/latency/p95")?;
+            put("Event Loop Latency p99", decimals(delay.p99), "ms", "internal/libuv/latency/p99")?;
+        }
+        put("Active handles", node.handles.into(), "", "internal/libuv/handles")?;
+        put("Active requests", node.requests.into(), "", "internal/libuv/requests")?;
+        put("Open connections", node.connections.into(), "", "internal/net/connections")?;
+        if let Some(http) = &node.http {
+            let per_minute = (http.per_second * 6_000.0).round() / 100.0;
+            put("HTTP", per_minute.into(), "req/min", "internal/http/builtin/reqs")?;
+            if let Some(latency) = http.latency {
+                // PM2 calls the median a mean.
+                put("HTTP Mean Latency", rounded(latency.p50), "ms", "internal/http/builtin/latency/p50")?;
+                put("HTTP P95 Latency", rounded(latency.p95), "ms", "internal/http/builtin/latency/p95")?;
+                put("HTTP P99 Latency", rounded(latency.p99), "ms", "internal/http/builtin/latency/p99")?;
+            }
+        }
+        map.end()
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "two decimals of a MiB are shown")]
+const fn count(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+/// PM2 has these as text.
+fn decimals(number: f64) -> Value {
+    format!("{number:.2}").into()
+}
+
+fn rounded(number: f64) -> Value {
+    ((number * 100.0).round() / 100.0).into()
 }
 
 /// How many options there are, about.

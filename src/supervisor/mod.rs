@@ -7,6 +7,7 @@ pub mod blob;
 pub mod blob_memory;
 mod details;
 pub mod driver;
+mod figures;
 mod fnv;
 pub mod handle;
 pub mod jlist;

@@ -20,9 +20,10 @@ use crate::ipc::protocol::{
 use crate::metrics::host::HostSampler;
 use crate::metrics::sample::Sampler;
 use crate::model::exit::ExitReason;
+use crate::model::figures::NodeFigures;
 use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, millis};
-use crate::model::spec::{AppSpec, ExecMode};
+use crate::model::spec::{AppSpec, ExecMode, Runtime};
 use crate::model::status::Status;
 use crate::policy::vocabulary::{RunView, SlotView};
 use crate::sys::clock;
@@ -58,6 +59,10 @@ pub struct SlotInfo {
     pub version: String,
     /// The version of Node the agent reported.
     pub node_version: Option<String>,
+    /// The current run, where it has an agent that has been heard of.
+    pub agent: Option<InstanceId>,
+    /// What that agent has measured.
+    pub inside: Inside,
     /// Who runs it.
     pub username: String,
     /// Differs for each run.
@@ -81,6 +86,29 @@ impl SlotInfo {
     }
 }
 
+/// What is known of the inside of a process.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Inside {
+    /// There is no agent in it, or nobody has asked.
+    #[default]
+    Unknown,
+    /// Its agent did not answer in time: the event loop is busy.
+    Silent,
+    /// This.
+    Known(NodeFigures),
+}
+
+impl Inside {
+    /// The figures.
+    #[must_use]
+    pub const fn figures(&self) -> Option<&NodeFigures> {
+        match self {
+            Self::Known(figures) => Some(figures),
+            Self::Unknown | Self::Silent => None,
+        }
+    }
+}
+
 /// What was measured for a slot.
 #[derive(Clone, Debug, Default)]
 pub struct Numbers {
@@ -100,7 +128,10 @@ pub struct Numbers {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
     /// The table.
-    List,
+    List {
+        /// With what agents have measured.
+        figures: bool,
+    },
     /// Everything.
     Describe(ShowEnv),
     /// PM2's form.
@@ -171,7 +202,7 @@ fn run(keeper: i32, jobs_rx: &Receiver<Job>) {
             })
             .collect();
         let answer = match job.question {
-            Question::List => Answer::List(ListView {
+            Question::List { .. } => Answer::List(ListView {
                 rows: job
                     .slots
                     .iter()
@@ -237,6 +268,7 @@ fn row(slot: &SlotInfo, numbers: &Numbers, now: Moment) -> Row {
         cpu: numbers.cpu,
         memory: numbers.memory,
         listen: slot.listen.clone(),
+        figures: slot.inside.figures().cloned(),
     }
 }
 
@@ -305,7 +337,7 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
         processes: numbers.processes,
         draining: slot.view.draining.iter().map(|run| draining(run, now)).collect(),
         env,
-        notes: weaker_promises(&slot.spec),
+        notes: notes(slot),
     }
 }
 
@@ -326,17 +358,24 @@ fn draining(run: &RunView, now: Moment) -> DrainingView {
     }
 }
 
-fn weaker_promises(spec: &AppSpec) -> Vec<String> {
+fn notes(slot: &SlotInfo) -> Vec<String> {
+    let spec = &slot.spec;
     let mut notes = Vec::new();
+    if slot.inside == Inside::Silent {
+        notes.push("the agent did not answer: the event loop is busy, or stopped".to_owned());
+    }
     if !spec.can_overlap() {
         notes.push(
             "reload restarts in place, with downtime: set `listen` and take the socket from LISTEN_FDS, or use cluster mode"
                 .to_owned(),
         );
     }
-    if !spec.agent && spec.is_node_cluster() {
+    if !spec.agent && spec.command.runtime == Runtime::Node {
         notes.push(
-            "agent = false: keep-alive connections are not told to close before the kill signal".to_owned(),
+            "agent = false: weaker is promise 1, a reload loses nothing: keep-alive connections, HTTP/2 sessions and \
+             websockets are not told to close before the kill signal, and without a handler for it requests in flight \
+             may be cut; heap, event loop and HTTP figures are missing"
+                .to_owned(),
         );
     }
     notes

@@ -23,7 +23,7 @@ use super::launch::FIRST_FD;
 use super::listeners::Listeners;
 use super::operations::Operations;
 use super::outcome::Witness;
-use super::publish::SlotInfo;
+use super::publish::{Inside, SlotInfo};
 use super::tag::{HomeMark, Tag};
 use super::variables::Variables;
 use crate::dispatch::{
@@ -347,6 +347,11 @@ impl World {
                 unreachable!("the driver performs these itself")
             }
         }
+    }
+
+    /// Asks agents what they have measured; the answers come as `DispatchEvent::Figures`.
+    pub fn ask_figures(&self, ids: Vec<InstanceId>, ask: u64) {
+        self.dispatch.send(Command::AskFigures { ids, ask });
     }
 
     fn dispatch(&self, command: Command) -> Vec<Event> {
@@ -728,6 +733,11 @@ impl World {
             restart_in_ms: view.restart_at.map(|at| millis(at.since(now))),
             version: run.map_or_else(|| "N/A".to_owned(), |run| run.version.clone()),
             node_version: run.and_then(|run| run.node_version.clone()),
+            agent: run
+                .filter(|run| run.channel && run.node_version.is_some())
+                .and(view.current.as_ref())
+                .map(|run| run.id.clone()),
+            inside: Inside::Unknown,
             username: self.username.clone(),
             unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
             listen: self.addresses(spec),

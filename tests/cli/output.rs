@@ -10,6 +10,7 @@ use pm::ipc::protocol::{
     Answer, AppResult, DrainingView, Failure, HostView, InstanceDetail, ListView, OperationView, ProcessView,
     Refused, Reply, Request, Row, StepKind, StepView,
 };
+use pm::model::figures::{HttpFigures, NodeFigures, Spread};
 use pm::model::id::{AppName, Generation, PmId, Slot};
 use pm::model::spec::{AppSpec, CommandSpec, ExecMode, ListenAddress, ListenSpec, Origin, Runtime};
 use pm::model::status::Status;
@@ -34,6 +35,7 @@ fn row(id: u32, app: &str, slot: u32, status: Status) -> Row {
         cpu: runs.then_some(1.25),
         memory: runs.then_some(48_234_496),
         listen: Vec::new(),
+        figures: (status == Status::Online).then(figures),
     }
 }
 
@@ -331,6 +333,7 @@ fn unknown_names_are_empty_for_id_and_pid_and_errors_elsewhere() {
 fn detail() -> InstanceDetail {
     let mut row = row(0, "api", 0, Status::Online);
     row.listen = vec!["0.0.0.0:3000".to_owned()];
+    row.figures = Some(figures());
     InstanceDetail {
         row,
         spec: spec(),
@@ -356,6 +359,23 @@ fn detail() -> InstanceDetail {
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into(),
         notes: vec!["agent = false: idle keep-alive connections may be cut".to_owned()],
+    }
+}
+
+fn figures() -> NodeFigures {
+    NodeFigures {
+        heap_used: 12_900_000,
+        heap_total: 21_000_000,
+        external: 2_100_000,
+        array_buffers: 524_288,
+        loop_delay: Some(Spread { p50: 0.42, p95: 1.31, p99: 12.4 }),
+        handles: 7,
+        requests: 0,
+        connections: 12,
+        http: Some(HttpFigures {
+            per_second: 103.4,
+            latency: Some(Spread { p50: 2.1, p95: 8.9, p99: 31.0 }),
+        }),
     }
 }
 

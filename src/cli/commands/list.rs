@@ -1,6 +1,6 @@
 //! `pm list`.
 
-use super::list_of;
+use super::list_with;
 use crate::cli::Context;
 use crate::cli::args::List;
 use crate::cli::error::CliError;
@@ -9,7 +9,7 @@ use crate::ipc::protocol::{HostView, ListView};
 
 pub(super) fn run(args: &List, context: &mut Context) -> Result<(), CliError> {
     let view = match context.session()? {
-        Some(mut session) => list_of(&args.targets, &mut session)?,
+        Some(mut session) => list_with(&args.targets, args.wide, &mut session)?,
         None => match args.targets.iter().find(|target| *target != "all") {
             Some(target) => return Err(CliError::NoSuchApp { target: target.clone() }),
             None => ListView { rows: Vec::new(), host: HostView::default(), warnings: Vec::new() },

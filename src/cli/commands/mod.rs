@@ -191,7 +191,12 @@ fn failure(cause: &str) -> Failure {
 
 /// The table.
 fn list_of(targets: &[String], session: &mut Session) -> Result<ListView, CliError> {
-    match session.ask(|| Request::List { targets: targets.to_vec() })? {
+    list_with(targets, false, session)
+}
+
+/// The table, with what agents have measured or without.
+fn list_with(targets: &[String], figures: bool, session: &mut Session) -> Result<ListView, CliError> {
+    match session.ask(|| Request::List { targets: targets.to_vec(), figures })? {
         Answer::List(view) => Ok(view),
         _ => Err(CliError::WrongAnswer),
     }

@@ -11,6 +11,7 @@ use owo_colors::Style;
 use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
+use crate::model::figures::{NodeFigures, Spread};
 use crate::model::spec::{AppSpec, ExecMode, KillMode, Runtime, StopMethod};
 
 /// Prints one instance.
@@ -24,6 +25,10 @@ pub fn print(detail: &InstanceDetail, zone: &TimeZone, terminal: &mut Terminal) 
     terminal.say(&pairs(&state(detail, zone), look))?;
     title("Configuration", terminal)?;
     terminal.say(&pairs(&configuration(&detail.spec), look))?;
+    if let Some(figures) = &row.figures {
+        title("Inside Node", terminal)?;
+        terminal.say(&pairs(&inside(figures), look))?;
+    }
     if !detail.processes.is_empty() {
         title("Processes", terminal)?;
         let mut table = table(look);
@@ -127,6 +132,31 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
     ];
     if !row.listen.is_empty() {
         lines.push(("listens on", row.listen.join("\n")));
+    }
+    lines
+}
+
+fn inside(figures: &NodeFigures) -> Vec<(&'static str, String)> {
+    let spread = |spread: Spread| {
+        let [p50, p95, p99] = [spread.p50, spread.p95, spread.p99].map(words::fine_millis);
+        format!("p50 {p50}, p95 {p95}, p99 {p99}")
+    };
+    let mut lines = vec![
+        ("heap", format!("{} of {}", words::bytes(figures.heap_used), words::bytes(figures.heap_total))),
+        (
+            "external memory",
+            format!("{}, buffers {}", words::bytes(figures.external), words::bytes(figures.array_buffers)),
+        ),
+        ("event loop delay", figures.loop_delay.map_or_else(|| "not yet measured".to_owned(), spread)),
+        ("active handles", figures.handles.to_string()),
+        ("active requests", figures.requests.to_string()),
+        ("open connections", figures.connections.to_string()),
+    ];
+    if let Some(http) = &figures.http {
+        lines.push(("http requests", format!("{} per second", words::rate(http.per_second))));
+        if let Some(latency) = http.latency {
+            lines.push(("http latency", spread(latency)));
+        }
     }
     lines
 }

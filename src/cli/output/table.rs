@@ -35,12 +35,17 @@ enum Column {
     Status,
     Cpu,
     Memory,
+    Heap,
+    LoopDelay,
+    Connections,
+    Requests,
+    Latency,
     Listen,
     Note,
 }
 
 impl Column {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 19] = [
         Self::Id,
         Self::Name,
         Self::Namespace,
@@ -53,6 +58,11 @@ impl Column {
         Self::Status,
         Self::Cpu,
         Self::Memory,
+        Self::Heap,
+        Self::LoopDelay,
+        Self::Connections,
+        Self::Requests,
+        Self::Latency,
         Self::Listen,
         Self::Note,
     ];
@@ -84,6 +94,11 @@ impl Column {
             Self::Status => "status",
             Self::Cpu => "cpu",
             Self::Memory => "memory",
+            Self::Heap => "heap",
+            Self::LoopDelay => "loop p99",
+            Self::Connections => "conns",
+            Self::Requests => "req/s",
+            Self::Latency => "p95",
             Self::Listen => "listen",
             Self::Note => "note",
         }
@@ -100,11 +115,18 @@ impl Column {
                 | Self::Restarts
                 | Self::Cpu
                 | Self::Memory
+                | Self::Heap
+                | Self::LoopDelay
+                | Self::Connections
+                | Self::Requests
+                | Self::Latency
         )
     }
 
     fn text(self, row: &Row) -> String {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let figures = row.figures.as_ref();
+        let http = figures.and_then(|node| node.http.as_ref());
         match self {
             Self::Id => row.pm_id.to_string(),
             Self::Name => row.app.to_string(),
@@ -118,6 +140,13 @@ impl Column {
             Self::Status => row.status.to_string(),
             Self::Cpu => or_dash(row.cpu.map(words::percent)),
             Self::Memory => or_dash(row.memory.map(words::bytes)),
+            Self::Heap => or_dash(figures.map(|node| words::bytes(node.heap_used))),
+            Self::LoopDelay => {
+                or_dash(figures.and_then(|node| Some(words::fine_millis(node.loop_delay?.p99))))
+            }
+            Self::Connections => or_dash(figures.map(|node| node.connections.to_string())),
+            Self::Requests => or_dash(http.map(|http| words::rate(http.per_second))),
+            Self::Latency => or_dash(http.and_then(|http| Some(words::fine_millis(http.latency?.p95)))),
             Self::Listen => row.listen.join(" "),
             Self::Note => row.note.clone().unwrap_or_default(),
         }
@@ -182,6 +211,13 @@ fn shown_columns(view: &ListView, columns: Columns, width: Option<u16>) -> Vec<C
             columns == Columns::Every || view.rows.iter().any(|row| row.namespace != "default")
         }
         Column::Slot | Column::Generation | Column::Listen => columns == Columns::Every,
+        Column::Heap | Column::LoopDelay | Column::Connections => {
+            columns == Columns::Every && view.rows.iter().any(|row| row.figures.is_some())
+        }
+        Column::Requests | Column::Latency => {
+            let http = |row: &Row| row.figures.as_ref().is_some_and(|node| node.http.is_some());
+            columns == Columns::Every && view.rows.iter().any(http)
+        }
         Column::Note => {
             let mut notes = view.rows.iter().filter_map(|row| row.note.as_ref()).peekable();
             notes.peek().is_some() && notes.all(|note| note.chars().count() <= NOTE_MAX)

@@ -38,6 +38,28 @@ pub fn millis(millis: u64) -> String {
     span(Duration::from_millis(millis))
 }
 
+/// Milliseconds of which fractions matter: `0.35 ms`, `4.2 ms`, `120 ms`, `1.5 s`.
+#[must_use]
+pub fn fine_millis(millis: f64) -> String {
+    match millis {
+        millis if millis < 0.995 => format!("{millis:.2} ms"),
+        millis if millis < 9.95 => format!("{millis:.1} ms"),
+        millis if millis < 999.5 => format!("{millis:.0} ms"),
+        millis => format!("{:.1} s", millis / 1_000.0),
+    }
+}
+
+/// How often in a second: `0`, `0.25`, `3.4`, `1200`.
+#[must_use]
+pub fn rate(per_second: f64) -> String {
+    match per_second {
+        rate if rate < 0.005 => "0".to_owned(),
+        rate if rate < 0.995 => format!("{rate:.2}"),
+        rate if rate < 9.95 => format!("{rate:.1}"),
+        rate => format!("{rate:.0}"),
+    }
+}
+
 /// A setting: `30s`, `1500ms`, `2m`.
 #[must_use]
 pub fn setting(span: Duration) -> String {
@@ -134,6 +156,18 @@ mod tests {
         }
         for (given, expected) in [(0, "0s"), (1_500, "1500ms"), (30_000, "30s"), (120_000, "2m")] {
             assert_eq!(setting(Duration::from_millis(given)), expected);
+        }
+    }
+
+    #[test]
+    fn fine_numbers() {
+        for (given, expected) in
+            [(0.0, "0.00 ms"), (0.354, "0.35 ms"), (4.21, "4.2 ms"), (9.97, "10 ms"), (1_490.0, "1.5 s")]
+        {
+            assert_eq!(fine_millis(given), expected);
+        }
+        for (given, expected) in [(0.0, "0"), (0.25, "0.25"), (3.44, "3.4"), (1_200.4, "1200")] {
+            assert_eq!(rate(given), expected);
         }
     }
 
