@@ -10,7 +10,7 @@ use pm::daemon::{keep, supervise};
 fn main() -> ExitCode {
     let surroundings = Surroundings::of_process();
     match cli::parse(std::env::args_os(), &surroundings) {
-        Invocation::Daemon { home } => keep::keep(&home),
+        Invocation::Daemon { home, detached } => keep::keep(&home, detached),
         Invocation::Supervisor { args } => {
             log_to_stderr();
             supervise::supervise(&args)

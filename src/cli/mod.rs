@@ -34,6 +34,8 @@ pub enum Invocation {
     Daemon {
         /// Its home.
         home: Home,
+        /// A command has started it, and nobody watches over it.
+        detached: bool,
     },
     /// `pm supervisor`, with the arguments that the keeper gave.
     Supervisor {
@@ -126,7 +128,7 @@ fn daemon(home: Option<&Path>, detached: bool, surroundings: &Surroundings) -> I
         let _ = nix::unistd::setsid();
     }
     match Home::resolve(home, surroundings.pm_home.as_deref()) {
-        Ok(home) => Invocation::Daemon { home },
+        Ok(home) => Invocation::Daemon { home, detached },
         Err(error) => {
             let error = CliError::from(error);
             error.print(&mut Terminal::of_process(false, false));

@@ -1,12 +1,16 @@
 //! `pm daemon`: prepares the home, makes sure that it is the only one, and becomes the keeper.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
+use super::inherit::{self, Found, Other};
+use crate::keeper::link::Inventory;
 use crate::keeper::run::{self, Config};
 use crate::store::paths::Home;
 use crate::sys::lock::{self, LockError};
+use crate::sys::notify::{self, Notifier};
 
 /// Exit codes (design: command line).
 const FAILED: u8 = 1;
@@ -16,19 +20,22 @@ const BUSY: u8 = 5;
 /// A daemon that dies of a lack of memory takes nothing along, but it is the last one that should.
 const OOM_SCORE_ADJ: i32 = -900;
 
-/// Runs the keeper of this home until the daemon is told to end.
-pub fn keep(home: &Home) -> ExitCode {
+/// The variable in which a unit says what apps get, when it had to lower the score for the daemon itself.
+const APPS_OOM_SCORE_ADJ: &str = "PM_APPS_OOM_SCORE_ADJ";
+
+/// What the supervisor gets to know of how the daemon was started.
+pub(super) const ATTENDED: &str = "--attended";
+
+/// Runs the keeper of this home until the daemon is told to end. `detached`: a command has started it, and nobody
+/// watches over it.
+pub fn keep(home: &Home, detached: bool) -> ExitCode {
     if let Err(error) = home.create() {
         return fail(USAGE, &error);
     }
-    let lock = match lock::acquire(&home.lock()) {
-        Ok(lock) => lock,
-        Err(LockError::Held { pid, .. }) => {
-            let by = pid.map_or_else(|| "another process".to_owned(), |pid| format!("pid {pid}"));
-            say(&format!("error: a daemon is running already for {} ({by})", home.dir().display()));
-            return ExitCode::from(BUSY);
-        }
-        Err(error) => return fail(USAGE, &error),
+    let manager = std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty());
+    let (lock, estate) = match take_lock(home, manager.is_some()) {
+        Ok(taken) => taken,
+        Err(code) => return code,
     };
     // Releases come and go; the daemon keeps none of their directories busy.
     if let Err(error) = std::env::set_current_dir("/") {
@@ -36,12 +43,61 @@ pub fn keep(home: &Home) -> ExitCode {
     }
     let args = [c"pm".to_owned(), c"supervisor".to_owned(), c"--home".to_owned()];
     let Ok(dir) = CString::new(home.dir().as_os_str().as_bytes()) else { return ExitCode::from(USAGE) };
-    let mut config = Config::new(args.into_iter().chain([dir]).collect());
-    config.held.push(("lock".to_owned(), lock.into()));
+    let attended = (!detached).then(|| CString::new(ATTENDED).unwrap_or_default());
+    let mut config = Config::new(args.into_iter().chain([dir]).chain(attended).collect());
+    config.held.push((LOCK.to_owned(), lock.into()));
     config.oom_score_adj = Some(OOM_SCORE_ADJ);
+    config.children_oom_score_adj =
+        std::env::var(APPS_OOM_SCORE_ADJ).ok().and_then(|value| value.parse().ok());
+    config.estate = estate;
+    if let Some(address) = manager {
+        match Notifier::at(&address) {
+            Ok(notifier) => config.notifier = Some(notifier),
+            Err(error) => say(&format!("warning: NOTIFY_SOCKET {}: {error}", address.display())),
+        }
+        let text = |name: &str| std::env::var(name).ok();
+        let (usec, watched) = (text("WATCHDOG_USEC"), text("WATCHDOG_PID"));
+        config.watchdog = notify::watchdog(usec.as_deref(), watched.as_deref(), std::process::id());
+    }
     match run::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, &error),
+    }
+}
+
+/// The keeper's name of the lock.
+const LOCK: &str = "lock";
+
+/// The lock, and what an earlier keeper left, if there was one. A keeper that is there leaves when `watched`: a
+/// service manager has started us in its place.
+fn take_lock(home: &Home, watched: bool) -> Result<(File, Option<Inventory>), ExitCode> {
+    let failed = |error: LockError| fail(USAGE, &error);
+    let holder = match lock::acquire(&home.lock()) {
+        Ok(lock) => return Ok((lock, None)),
+        Err(LockError::Held { pid, .. }) => pid,
+        Err(error) => return Err(failed(error)),
+    };
+    let other = if watched { Other::Leaves } else { Other::Stays };
+    match inherit::inherit(home, holder, other).map_err(failed)? {
+        Found::Free(lock) => Ok((lock, None)),
+        Found::Taken { pid } => {
+            let by = pid.map_or_else(|| "another process".to_owned(), |pid| format!("pid {pid}"));
+            say(&format!("error: a daemon is running already for {} ({by})", home.dir().display()));
+            Err(ExitCode::from(BUSY))
+        }
+        Found::Everything(mut estate) => {
+            let index = estate.held.iter().position(|(name, _)| name == LOCK);
+            let Some(index) = index else {
+                say("error: the supervisor has no lock to hand over");
+                return Err(ExitCode::from(FAILED));
+            };
+            let mut lock = File::from(estate.held.swap_remove(index).1);
+            if let Err(error) = lock::claim(&mut lock) {
+                say(&format!("warning: cannot write {}: {error}", home.lock().display()));
+            }
+            say(&format!("pm daemon: takes over {} processes", estate.children.len()));
+            Ok((lock, Some(*estate)))
+        }
     }
 }
 
@@ -53,6 +109,6 @@ fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
 
 /// The keeper has no logger: it would be the largest part of it.
 #[expect(clippy::print_stderr, reason = "the daemon's stderr is its log")]
-fn say(text: &str) {
+pub(super) fn say(text: &str) {
     eprintln!("{text}");
 }

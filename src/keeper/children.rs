@@ -5,7 +5,10 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use super::link::Inventory;
+use super::mirror::pidfd_name;
 use super::wire::{
     COMMAND_MAX, ChildRecord, ChildState, CommandView, FDS_MAX, FRAME_MAX, FromKeeper, HeldFds, HeldRecord,
     Spawn, child_len, held_len,
@@ -13,6 +16,8 @@ use super::wire::{
 use crate::sys::child::{self, WaitStatus, Zombie};
 use crate::sys::limits::Limit;
 use crate::sys::memfd::Mapped;
+use crate::sys::pidfd;
+use crate::sys::poll::{self, Interest};
 use crate::sys::spawn::{self, Failure, Outcome, Program, Report, Stage, Target};
 
 /// What a child gets that the keeper itself has changed.
@@ -36,6 +41,14 @@ struct Child {
     end_known: bool,
     /// The names of what is held for it.
     held: Vec<String>,
+    parent: Parent,
+}
+
+#[derive(Debug)]
+enum Parent {
+    Us,
+    /// A keeper that is gone: whoever inherited the process reaps it, and this descriptor tells when it ends.
+    Gone(Option<OwnedFd>),
 }
 
 #[derive(Debug)]
@@ -72,6 +85,66 @@ pub(super) struct Children {
 }
 
 impl Children {
+    /// What a keeper that is gone left, to be looked after here.
+    pub(super) fn adopt(inventory: Inventory) -> Self {
+        let mut all = Self::to_pass_on(inventory);
+        for (&pid, child) in &mut all.children {
+            if matches!(child.state, State::Exited(_)) {
+                continue;
+            }
+            let name = pidfd_name(pid);
+            child.held.retain(|held| *held != name);
+            let handed = all.held.remove(&name).map(|held| held.fd);
+            let opened = || pidfd::open_same(pid, child.start_ticks).ok().flatten();
+            match handed.or_else(opened) {
+                Some(fd) => child.parent = Parent::Gone(Some(fd)),
+                // Gone, or nothing could tell when it is: the next look at it would find the same.
+                None => child.state = State::Exited(WaitStatus::UNKNOWN),
+            }
+        }
+        all
+    }
+
+    /// What a keeper that is gone left, to be told to the next one.
+    pub(super) fn to_pass_on(inventory: Inventory) -> Self {
+        let mut all = Self::default();
+        let mut owners: BTreeMap<String, u32> = BTreeMap::new();
+        for child in inventory.children {
+            owners.extend(child.held.iter().map(|name| (name.clone(), child.pid)));
+            let state = match child.state {
+                ChildState::Exited(status) => State::Exited(status),
+                ChildState::Starting | ChildState::Running => State::Running,
+            };
+            let adopted = Child {
+                start_ticks: child.start_ticks,
+                tag: child.tag,
+                state,
+                request: None,
+                known: false,
+                end_known: false,
+                held: child.held,
+                parent: Parent::Gone(None),
+            };
+            all.children.insert(child.pid, adopted);
+        }
+        for (name, fd) in inventory.held {
+            let owner = owners.get(&name).copied();
+            all.held.insert(name, Held { fd, owner });
+        }
+        all
+    }
+
+    /// The children of an earlier keeper that still run, each with the descriptor that becomes readable when it ends.
+    pub(super) fn adopted(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
+        self.children.iter().filter_map(|(&pid, child)| match child.state {
+            State::Exited(_) => None,
+            State::Starting(_) | State::Running => match &child.parent {
+                Parent::Gone(Some(pidfd)) => Some((pid, pidfd.as_fd())),
+                Parent::Gone(None) | Parent::Us => None,
+            },
+        })
+    }
+
     /// Holds descriptors under names. A name in use gets the new descriptor.
     pub(super) fn hold(&mut self, names: Vec<String>, fds: Vec<OwnedFd>, owner: Option<u32>) {
         // An owner that is gone cannot release anything.
@@ -146,6 +219,12 @@ impl Children {
             limits: &limits,
             fds: &child_fds,
         })?;
+        if self.children.contains_key(&started.pid) {
+            // A child of an earlier keeper had this pid, and its end is not confirmed yet. Two of one name would be
+            // taken for each other: this one has not begun, and is asked for again.
+            let _ = pidfd::open(started.pid).and_then(|fd| pidfd::send_signal(fd, libc::SIGKILL));
+            return Err(Failure { stage: Stage::Fork, errno: libc::EAGAIN });
+        }
         let child = Child {
             // Our unreaped child has an entry in /proc; without one mounted every check of ticks fails, never passes.
             start_ticks: child::start_ticks(started.pid).unwrap_or(0),
@@ -155,6 +234,7 @@ impl Children {
             known: false,
             end_known: false,
             held: Vec::new(),
+            parent: Parent::Us,
         };
         self.children.insert(started.pid, child);
         self.starting.insert(started.pid);
@@ -228,6 +308,20 @@ impl Children {
     /// # Errors
     /// See waitid(2).
     pub(super) fn look(&mut self, pid: u32) -> io::Result<()> {
+        if let Some(child) = self.children.get_mut(&pid)
+            && let Parent::Gone(pidfd) = &child.parent
+        {
+            let Some(pidfd) = pidfd else { return Ok(()) };
+            let ready = poll::wait(&[(pidfd.as_fd(), Interest::Read)], Some(Duration::ZERO))?;
+            if ready[0] && !matches!(child.state, State::Exited(_)) {
+                // As a zombie it tells everybody; reaped, it tells us on Linux 6.15 and later.
+                let status =
+                    child::status_of_zombie(pid, child.start_ticks).or_else(|| pidfd::exit_status(pidfd));
+                child.state = State::Exited(status.unwrap_or(WaitStatus::UNKNOWN));
+                self.news.insert(pid);
+            }
+            return Ok(());
+        }
         let Some(status) = child::exited(pid, Zombie::Keep)? else { return Ok(()) };
         // The report first: a program that ended at once was started all the same, and its answer precedes its end.
         self.settle(pid);
@@ -263,7 +357,10 @@ impl Children {
                 }
             }
         }
-        child::exited(pid, Zombie::Reap).map(drop)
+        match child.parent {
+            Parent::Us => child::exited(pid, Zombie::Reap).map(drop),
+            Parent::Gone(_) => Ok(()),
+        }
     }
 
     /// The link is gone: the next supervisor has heard of nothing.

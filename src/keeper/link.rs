@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use super::mirror::{Mirror, Sought};
 use super::packet::{Incoming, Packets};
 use super::wire::{
     ChildState, Command, FRAME_MAX, FromKeeper, HeldFds, Hello, Spawn, ToKeeper, VERSION, WireError,
@@ -53,6 +54,7 @@ pub enum LinkError {
 #[derive(Debug)]
 pub struct Link {
     packets: Packets,
+    mirror: Mirror,
 }
 
 /// Everything the keeper has, as of the handshake. Changes follow as frames.
@@ -113,7 +115,7 @@ impl Link {
     /// A link over this packet socket.
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {
-        Self { packets: Packets::new(socket) }
+        Self { packets: Packets::new(socket), mirror: Mirror::default() }
     }
 
     /// Greets the keeper and takes the inventory. Waits for the keeper.
@@ -157,6 +159,7 @@ impl Link {
                 | FromKeeper::SpawnFailed { .. }
                 | FromKeeper::Exited { .. }
                 | FromKeeper::Terminate { .. }
+                | FromKeeper::Leaving
                 | FromKeeper::Synced { .. }
                 | FromKeeper::NotUnderstood { .. } => {
                     return Err(LinkError::Wire(WireError::Value("order of frames")));
@@ -167,7 +170,30 @@ impl Link {
             child.held = owned.remove(&child.pid).unwrap_or_default();
         }
         let hello = greeting.ok_or(LinkError::Wire(WireError::Value("order of frames")))?;
-        Ok(Inventory { hello, children, held })
+        let inventory = Inventory { hello, children, held };
+        self.mirror = Mirror::of(&inventory);
+        Ok(inventory)
+    }
+
+    /// How many descriptors the keeper alone has, because there was no room for a copy of them here.
+    #[must_use]
+    pub fn missing(&self) -> usize {
+        self.mirror.missing()
+    }
+
+    /// The keeper is gone: everything it had, for the next one. `find` looks for the processes of starts that it did
+    /// not answer, and returns request, pid and start ticks of those there are.
+    #[must_use]
+    pub fn into_estate(
+        mut self,
+        hello: Hello,
+        find: impl FnOnce(&[(u64, Sought)]) -> Vec<(u64, u32, u64)>,
+    ) -> Inventory {
+        // Its last words count.
+        while let Ok(Some(_)) = self.receive() {}
+        let sought = self.mirror.sought();
+        let found = if sought.is_empty() { Vec::new() } else { find(&sought) };
+        self.mirror.into_inventory(hello, found)
     }
 
     fn wait_for_frame(&mut self) -> Result<(FromKeeper, Vec<OwnedFd>), LinkError> {
@@ -245,7 +271,12 @@ impl Link {
     /// [`LinkError::Wire`] when the message cannot be said; [`LinkError::Closed`], [`LinkError::Io`].
     pub fn try_send(&mut self, message: &ToKeeper, fds: &[BorrowedFd<'_>]) -> Result<(), LinkError> {
         let frame = message.encode(fds.len()).map_err(LinkError::Wire)?;
-        self.packets.send(frame, fds).map_err(sending)
+        let sent = self.packets.send(frame, fds).map_err(sending);
+        // A keeper that is gone starts nothing, but what it was told to forget is forgotten.
+        if sent.is_ok() || !matches!(message, ToKeeper::Spawn(_)) {
+            self.mirror.said(message, fds);
+        }
+        sent
     }
 
     /// How many messages wait for room.
@@ -277,6 +308,7 @@ impl Link {
             Incoming::End => Err(LinkError::Closed),
             Incoming::Frame(frame, fds) => {
                 let message = FromKeeper::decode(frame, fds.len()).map_err(LinkError::Wire)?;
+                self.mirror.heard(&message);
                 Ok(Some((message, fds)))
             }
         }

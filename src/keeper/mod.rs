@@ -6,6 +6,7 @@
 //! link     the supervisor's end of the link
 //! wire     the frames between them        packet   frames with descriptors over a packet socket
 //! children the children and what is held for them: the content of an inventory
+//! mirror   the same, as the supervisor knows it        handover   from there to the next keeper, when this one dies
 //! ```
 //!
 //! The keeper is the parent so that the supervisor may die at any instant: children keep their parent, exited ones
@@ -13,7 +14,9 @@
 //! supervisor has to know is in the inventory.
 
 mod children;
+pub mod handover;
 pub mod link;
+pub mod mirror;
 mod packet;
 mod restarts;
 pub mod run;

@@ -17,11 +17,13 @@ use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
 use super::children::{Children, Originals};
+use super::link::Inventory;
 use super::packet::{Incoming, Packets};
 use super::restarts::Restarts;
 use super::wire::{Death, FromKeeper, Hello, ToKeeper, VERSION};
 use crate::sys::child::{self, WaitStatus, Zombie};
 use crate::sys::clock::{self, Moment};
+use crate::sys::notify::Notifier;
 use crate::sys::pidfd;
 use crate::sys::poll::{self, Interest, Signals};
 use crate::sys::spawn::{self, Outcome, Program, Report, Target};
@@ -41,6 +43,15 @@ pub struct Config {
     /// An out-of-memory score adjustment for keeper and supervisor; children get the original one. Not being allowed
     /// to lower it is no error.
     pub oom_score_adj: Option<i32>,
+    /// What the children get instead of the adjustment this process was started with.
+    pub children_oom_score_adj: Option<i32>,
+    /// What an earlier keeper left.
+    pub estate: Option<Inventory>,
+    /// Who hears how the daemon is.
+    pub notifier: Option<Notifier>,
+    /// How often the service manager wants to hear of this process. A supervisor that is silent for as long is
+    /// replaced.
+    pub watchdog: Option<Duration>,
 }
 
 impl Config {
@@ -53,7 +64,17 @@ impl Config {
             entry.extend(value.into_vec());
             CString::new(entry).ok()
         });
-        Self { args, env: env.collect(), executable: None, held: Vec::new(), oom_score_adj: None }
+        Self {
+            args,
+            env: env.collect(),
+            executable: None,
+            held: Vec::new(),
+            oom_score_adj: None,
+            children_oom_score_adj: None,
+            estate: None,
+            notifier: None,
+            watchdog: None,
+        }
     }
 }
 
@@ -78,6 +99,10 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// While zombies wait for their confirmation, looking for other ones costs a system call per child: not more often
 /// than this.
 const SCAN_PAUSE: Duration = Duration::from_millis(5);
+/// A keeper that was told to leave waits this long for starts that are under way, and for a supervisor.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The signal that tells a keeper to leave everything to the next one.
+pub const LEAVE_SIGNAL: i32 = libc::SIGUSR1;
 /// When the kernel refuses to carry more descriptors, polling cannot tell when it will again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(10);
 
@@ -118,6 +143,10 @@ struct Keeper {
     to_forward: Vec<i32>,
     /// A supervisor said that everything is stopped.
     quit: Option<Moment>,
+    /// Told to leave; until then at most.
+    leave: Option<Moment>,
+    /// When the service manager hears from us next.
+    ping: Option<Moment>,
     /// When to look at every child again.
     scan_due: Option<Moment>,
     last_scan: Moment,
@@ -135,6 +164,8 @@ struct Alive {
     /// `None` when the link is broken and the process is about to be reaped.
     link: Option<Packets>,
     phase: Phase,
+    /// Its last sign of life, if it has promised more of them.
+    beat: Option<Moment>,
     /// What is known about its end beyond the wait status.
     reason: String,
 }
@@ -171,7 +202,7 @@ impl Keeper {
             .filter(|&signal| !poll::is_ignored(signal))
             .collect();
         let mut watched = forwarded.clone();
-        watched.push(libc::SIGCHLD);
+        watched.extend([libc::SIGCHLD, LEAVE_SIGNAL]);
         let signals = step("take signals", Signals::block(&watched))?;
         step("take SIGCHLD", poll::default_sigchld())?;
         step("become a subreaper", child::become_subreaper())?;
@@ -186,7 +217,10 @@ impl Keeper {
             started,
             open_files,
             oom_score_adj,
-            originals: Originals { open_files, oom_score_adj: changed.then_some(oom_score_adj) },
+            originals: Originals {
+                open_files,
+                oom_score_adj: config.children_oom_score_adj.or(changed.then_some(oom_score_adj)),
+            },
             children: Children::default(),
             supervisor: Supervisor::Waiting { until: started },
             restarts: Restarts::default(),
@@ -194,10 +228,16 @@ impl Keeper {
             terminate: None,
             to_forward: Vec::new(),
             quit: None,
+            leave: None,
+            ping: config.watchdog.and(config.notifier.as_ref()).map(|_| started),
             scan_due: None,
             last_scan: Moment::default(),
             config,
         };
+        if let Some(estate) = keeper.config.estate.take() {
+            keeper.terminate = estate.hello.terminate;
+            keeper.children = Children::adopt(estate);
+        }
         for (name, fd) in std::mem::take(&mut keeper.config.held) {
             keeper.children.hold(vec![name], vec![fd], None);
         }
@@ -212,10 +252,17 @@ impl Keeper {
         }
         // Directly before the wait, so that no news lies here during it.
         self.tell();
+        if self.leave.is_some() && self.can_leave() {
+            self.send(&FromKeeper::Leaving);
+            return Ok(Turn::Done);
+        }
         let ready = self.wait(now).map_err(|source| Error { step: "wait for events", source })?;
         // Outcomes of starts before exits: an answer precedes the end of its process.
         for pid in ready.settled {
             self.children.settle(pid);
+        }
+        for pid in ready.ended {
+            self.look(pid);
         }
         if ready.signals {
             self.take_signals();
@@ -250,13 +297,25 @@ impl Keeper {
                 pid
             })
             .collect();
+        let first_adopted = wanted.len();
+        let adopted: Vec<u32> = self
+            .children
+            .adopted()
+            .map(|(pid, fd)| {
+                wanted.push((fd, Interest::Read));
+                pid
+            })
+            .collect();
         let timeout = self.next_deadline(now).map(|deadline| deadline.since(now));
         let ready = poll::wait(&wanted, timeout)?;
-        let settled = pids.into_iter().zip(&ready[first_report..]).filter(|&(_, &ready)| ready);
+        let those = |pids: Vec<u32>, ready: &[bool]| -> Vec<u32> {
+            pids.into_iter().zip(ready).filter(|&(_, &ready)| ready).map(|(pid, _)| pid).collect()
+        };
         Ok(Ready {
             signals: ready[0],
             link: link.is_some() && ready[1],
-            settled: settled.map(|(pid, _)| pid).collect(),
+            settled: those(pids, &ready[first_report..first_adopted]),
+            ended: those(adopted, &ready[first_adopted..]),
         })
     }
 
@@ -279,7 +338,31 @@ impl Keeper {
             }
             _ => None,
         };
-        [supervisor, congested, self.scan_due, self.quit].into_iter().flatten().min()
+        let beat = self.beat_due();
+        [supervisor, congested, self.scan_due, self.quit, self.leave, self.ping, beat]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// When the supervisor has been silent for too long.
+    fn beat_due(&self) -> Option<Moment> {
+        match &self.supervisor {
+            Supervisor::Alive(Alive { link: Some(_), beat: Some(last), .. }) if self.quit.is_none() => {
+                Some(*last + self.config.watchdog?)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether the supervisor has everything that the next keeper will want to know of it.
+    fn can_leave(&self) -> bool {
+        match &self.supervisor {
+            Supervisor::Alive(Alive { link: Some(link), phase: Phase::Ready, .. }) => {
+                link.waiting() == 0 && self.children.starting_len() == 0
+            }
+            _ => false,
+        }
     }
 
     fn act_on_deadlines(&mut self, now: Moment) {
@@ -300,8 +383,27 @@ impl Keeper {
             self.quit = Some(now + QUIT_TIMEOUT);
             self.break_link("did not end after Quit");
         }
+        if self.beat_due().is_some_and(|at| at <= now) {
+            self.break_link("it gave no sign of life");
+        }
+        if self.leave.is_some_and(|until| until <= now) {
+            say("told to leave, but there is nobody to leave everything to");
+            self.leave = None;
+        }
+        if self.ping.is_some_and(|at| at <= now) {
+            // A third of what is asked for: one may be late.
+            self.ping = self.config.watchdog.map(|every| now + every / 3);
+            self.notify("WATCHDOG=1");
+        }
         if self.scan_due.is_some_and(|at| at <= now) {
             self.scan(now);
+        }
+    }
+
+    fn notify(&self, text: &str) {
+        if let Some(notifier) = &self.config.notifier {
+            // Nobody can be told that nobody can be told.
+            let _ = notifier.send(text);
         }
     }
 
@@ -349,6 +451,7 @@ impl Keeper {
             report: Some(started.report),
             link: Some(Packets::new(ours)),
             phase: Phase::Greeting,
+            beat: None,
             reason: String::new(),
         })
     }
@@ -411,6 +514,11 @@ impl Keeper {
         while let Ok(Some(arrived)) = self.signals.next() {
             if arrived.signal == libc::SIGCHLD {
                 ended.push(arrived.pid);
+            } else if arrived.signal == LEAVE_SIGNAL {
+                // Whoever is to end cannot leave things to others.
+                if self.terminate.is_none() && self.quit.is_none() {
+                    self.leave.get_or_insert(clock::now() + LEAVE_TIMEOUT);
+                }
             } else if self.forwarded.contains(&arrived.signal) {
                 // SIGHUP does not replace a request to end.
                 if arrived.signal != libc::SIGHUP || self.terminate.is_none() {
@@ -538,6 +646,12 @@ impl Keeper {
                 self.send(&FromKeeper::Synced { request });
             }
             ToKeeper::Quit => self.quit = Some(clock::now() + QUIT_TIMEOUT),
+            ToKeeper::Notify { text } => self.notify(&text),
+            ToKeeper::Beat => {
+                if let Supervisor::Alive(alive) = &mut self.supervisor {
+                    alive.beat = Some(clock::now());
+                }
+            }
             ToKeeper::Welcome { .. } | ToKeeper::Taken { .. } | ToKeeper::Unknown { .. } => {}
         }
     }
@@ -620,6 +734,8 @@ struct Ready {
     signals: bool,
     link: bool,
     settled: Vec<u32>,
+    /// Children of an earlier keeper.
+    ended: Vec<u32>,
 }
 
 /// How much of the link is read at once.

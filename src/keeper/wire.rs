@@ -34,6 +34,8 @@ pub const FDS_MAX: usize = crate::sys::fdpass::FDS_MAX;
 pub const TAG_MAX: usize = 1024;
 /// The longest name of a held descriptor in bytes.
 pub const NAME_MAX: usize = 255;
+/// The longest text for the service manager in bytes.
+pub const NOTIFY_MAX: usize = 4096;
 /// The longest command in bytes; the kernel itself takes about 6 MB of arguments and environment.
 pub const COMMAND_MAX: usize = 16 * 1024 * 1024;
 
@@ -83,6 +85,14 @@ pub enum ToKeeper {
     },
     /// Everything is stopped: exit once this supervisor has.
     Quit,
+    /// Pass these lines on to the service manager (sd_notify(3)), which listens to its main process only.
+    Notify {
+        /// `KEY=value` lines.
+        text: String,
+    },
+    /// The supervisor is alive. Said once, it has to be said again within the time the service manager's watchdog
+    /// gives.
+    Beat,
     /// A frame of a newer version.
     Unknown {
         /// Its kind.
@@ -167,6 +177,8 @@ pub enum FromKeeper {
         /// Its number.
         signal: i32,
     },
+    /// The keeper exits and leaves everything to another one, which is about to ask for it.
+    Leaving,
     /// Everything before the Sync is done.
     Synced {
         /// The request.
@@ -363,6 +375,11 @@ impl ToKeeper {
                 8
             }
             Self::Quit => 9,
+            Self::Notify { text } => {
+                w.bytes(text.as_bytes(), NOTIFY_MAX, "notification")?;
+                10
+            }
+            Self::Beat => 11,
             Self::Unknown { kind } => *kind,
         };
         w.frame(kind, fds)
@@ -397,6 +414,8 @@ impl ToKeeper {
             7 => Self::ReleasePrefix { prefix: r.text(NAME_MAX, "prefix")? },
             8 => Self::Sync { request: r.u64()? },
             9 => Self::Quit,
+            10 => Self::Notify { text: r.text(NOTIFY_MAX, "notification")? },
+            11 => Self::Beat,
             kind => return Ok(Self::Unknown { kind }),
         };
         let expected = match &message {
@@ -470,6 +489,7 @@ impl FromKeeper {
                 w.u16(*kind);
                 0x10a
             }
+            Self::Leaving => 0x10b,
             Self::Unknown { kind } => *kind,
         };
         w.frame(kind, fds)
@@ -510,6 +530,7 @@ impl FromKeeper {
             0x108 => Self::Terminate { signal: r.i32()? },
             0x109 => Self::Synced { request: r.u64()? },
             0x10a => Self::NotUnderstood { kind: r.u16()? },
+            0x10b => Self::Leaving,
             kind => return Ok(Self::Unknown { kind }),
         };
         let expected = if let Self::Held { held, .. } = &message { held.len() } else { 0 };

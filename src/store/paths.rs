@@ -21,6 +21,9 @@ pub const SOCKET_PATH_MAX: usize = 107;
 /// The home of root, with and without systemd: one daemon.
 const ROOT_HOME: &str = "/var/lib/pm";
 
+/// The socket of a supervisor without a keeper.
+const TAKEOVER: &str = "takeover.sock";
+
 /// Why there is no home.
 #[derive(Debug, thiserror::Error)]
 pub enum HomeError {
@@ -173,12 +176,30 @@ impl Home {
     /// # Errors
     /// The home is long and cannot be opened.
     pub fn sock_address(&self) -> io::Result<SocketPath> {
-        let path = self.sock();
+        self.address_of("pm.sock")
+    }
+
+    /// Where a supervisor without a keeper waits for the next one.
+    #[must_use]
+    pub fn takeover_sock(&self) -> PathBuf {
+        self.dir.join(TAKEOVER)
+    }
+
+    /// That socket as [`Self::sock_address`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn takeover_address(&self) -> io::Result<SocketPath> {
+        self.address_of(TAKEOVER)
+    }
+
+    fn address_of(&self, name: &str) -> io::Result<SocketPath> {
+        let path = self.dir.join(name);
         if path.as_os_str().as_bytes().len() <= SOCKET_PATH_MAX {
             return Ok(SocketPath { path, _dir: None });
         }
         let dir = open(&self.dir, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-        let path = PathBuf::from(format!("/proc/self/fd/{}/pm.sock", dir.as_raw_fd()));
+        let path = PathBuf::from(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()));
         Ok(SocketPath { path, _dir: Some(dir) })
     }
 

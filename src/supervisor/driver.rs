@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::figures::{Surveys, Then};
 use super::handle::{Ask, Replies};
+use super::notices::{Notices, longest_stop, status_of};
 use super::operations::{Known, Operations};
 use super::outcome::{operation_view, refused, step_view};
 use super::publish::{Job, Publisher, Question};
@@ -124,8 +125,28 @@ pub struct Driver {
     warnings: Vec<String>,
     /// Operations of an earlier supervisor that end everything.
     kills: Vec<OpId>,
+    /// What the service manager hears.
+    notices: Notices,
+    /// The signal that asked the daemon to end.
+    terminated: Option<i32>,
     /// `Quit` was reached.
     quitting: bool,
+}
+
+/// How a driver's life ends.
+#[derive(Debug)]
+pub enum Ended {
+    /// Everything is down.
+    Quit(Box<World>),
+    /// The keeper is gone: everything goes to the next one.
+    Orphaned {
+        /// As it is.
+        world: Box<World>,
+        /// What still comes in.
+        inputs: mpsc::UnboundedReceiver<Input>,
+        /// The signal that had asked the daemon to end.
+        terminated: Option<i32>,
+    },
 }
 
 /// What the driver is made of.
@@ -149,13 +170,16 @@ pub struct Parts {
     pub operations: Operations,
     /// Operations of an earlier supervisor that end everything.
     pub kills: Vec<OpId>,
+    /// What the service manager hears.
+    pub notices: Notices,
 }
 
 impl Driver {
     /// A driver that has not turned yet.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { fleet, world, saver, publisher, shells, dump, warnings, operations, kills } = parts;
+        let Parts { fleet, world, saver, publisher, shells, dump, warnings, operations, kills, notices } =
+            parts;
         Self {
             fleet,
             world,
@@ -172,6 +196,8 @@ impl Driver {
             dump,
             unwritten_dump: None,
             warnings,
+            notices,
+            terminated: None,
             quitting: false,
         }
     }
@@ -179,14 +205,30 @@ impl Driver {
     /// Performs what the restored fleet wants, then turns until everything is down after `kill` or SIGTERM.
     ///
     /// # Errors
-    /// When the keeper is gone: nothing can be supervised without it.
+    /// When the link to the keeper is broken in another way than by the keeper's end.
     pub async fn run(
         mut self,
         first: Vec<Action>,
         mut inputs: mpsc::UnboundedReceiver<Input>,
+        asks: mpsc::Receiver<Ask>,
+        terminate: Option<i32>,
+    ) -> Result<Ended, DriverError> {
+        match self.turns(first, &mut inputs, asks, terminate).await {
+            Ok(()) => Ok(Ended::Quit(Box::new(self.world))),
+            Err(DriverError::Link(LinkError::Closed)) => {
+                Ok(Ended::Orphaned { world: Box::new(self.world), inputs, terminated: self.terminated })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn turns(
+        &mut self,
+        first: Vec<Action>,
+        inputs: &mut mpsc::UnboundedReceiver<Input>,
         mut asks: mpsc::Receiver<Ask>,
         terminate: Option<i32>,
-    ) -> Result<World, DriverError> {
+    ) -> Result<(), DriverError> {
         let keeper = watch::descriptor(self.world.keeper_fd()?, Interest::READABLE | Interest::WRITABLE)?;
         self.decided.push_back(first);
         for op in std::mem::take(&mut self.kills) {
@@ -196,11 +238,15 @@ impl Driver {
             self.terminate(signal);
         }
         self.settle();
+        if let Some(text) = self.notices.up(self.world.keeper_pid(), &status_of(&self.fleet)) {
+            self.world.notify(text);
+        }
         while !self.quitting {
+            self.give_notice();
             let words = self.unsaid.iter().map(|(_, _, until)| *until).min();
-            let surveys = self.surveys.next_deadline();
-            let deadline =
-                self.fleet.next_deadline().into_iter().chain(words).chain(surveys).min().map(instant_of);
+            let others =
+                words.into_iter().chain(self.surveys.next_deadline()).chain(self.notices.next_deadline());
+            let deadline = self.fleet.next_deadline().into_iter().chain(others).min().map(instant_of);
             tokio::select! {
                 biased;
                 // An exit outranks a grace period that has just run out: a worker that left in time must not be
@@ -239,7 +285,25 @@ impl Driver {
             }
             self.world.flush()?;
         }
-        Ok(self.world)
+        Ok(())
+    }
+
+    fn give_notice(&mut self) {
+        let Self { fleet, notices, world, .. } = self;
+        let due = notices.due(clock::now(), fleet.changed(), || status_of(fleet));
+        if due.beat {
+            world.beat();
+        }
+        if let Some(text) = due.text {
+            world.notify(text);
+        }
+    }
+
+    /// The daemon begins to end, which takes as long as its slowest app.
+    fn announce_end(&mut self) {
+        if let Some(text) = self.notices.ends(clock::now(), longest_stop(&self.fleet)) {
+            self.world.notify(text);
+        }
     }
 
     /// Ends a turn of the loop: the blob, then what is to be done, then the events that this raised. In this order,
@@ -371,6 +435,8 @@ impl Driver {
 
     fn terminate(&mut self, signal: i32) {
         tracing::info!(signal, "asked to end");
+        self.terminated = Some(signal);
+        self.announce_end();
         self.turn(Event::Asked { op: OWN_OP, command: Command::Terminate });
     }
 
@@ -505,6 +571,7 @@ impl Driver {
                         "`pm resurrect` will not know this list: {message}: {cause}"
                     )));
                 }
+                self.announce_end();
                 self.command(op, Command::Kill, replies);
             }
             Request::Outcome { op: asked } => match self.operations.join(asked, replies) {

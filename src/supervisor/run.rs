@@ -15,17 +15,20 @@ use interprocess::os::unix::uds_local_socket::tokio::Listener as UdsListener;
 use tokio::sync::mpsc;
 
 use super::blob_memory::{BlobMemory, HALVES};
-use super::driver::{Driver, DriverError, Input, Parts};
+use super::driver::{Driver, DriverError, Ended, Input, Parts};
 use super::handle::{Ask, SupervisorHandle};
 use super::listeners::Listeners;
+use super::notices::Notices;
 use super::operations::Operations;
 use super::publish::Publisher;
 use super::saver::Saver;
 use super::tag::HomeMark;
+use super::takeover::{self, Attended};
 use super::world::adopt::Legacy;
 use super::world::{Tools, World};
 use crate::ipc::protocol::{Refused, Reply};
 use crate::keeper::link::{Inventory, Link, LinkError};
+use crate::keeper::wire::{Hello, ToKeeper};
 use crate::metrics::host::available_cpus;
 use crate::model::saved::{Memo, SavedFleet};
 use crate::model::signal::Signal;
@@ -81,7 +84,11 @@ fn step(step: &'static str) -> impl Fn(io::Error) -> RunError {
 ///
 /// # Errors
 /// When something that it cannot do without fails; the keeper starts the next one then.
-pub fn run<S>(home: &Home, serve: impl FnOnce(Listener, SupervisorHandle) -> S) -> Result<(), RunError>
+pub fn run<S>(
+    home: &Home,
+    attended: Attended,
+    serve: impl FnOnce(Listener, SupervisorHandle) -> S,
+) -> Result<(), RunError>
 where
     S: Future<Output = ()> + Send + 'static,
 {
@@ -93,11 +100,12 @@ where
         .enable_all()
         .build()
         .map_err(step("start the runtime"))?;
-    runtime.block_on(supervise(home, link, inventory, serve))
+    runtime.block_on(supervise(home, attended, link, inventory, serve))
 }
 
 async fn supervise<S>(
     home: &Home,
+    attended: Attended,
     link: Link,
     inventory: Inventory,
     serve: impl FnOnce(Listener, SupervisorHandle) -> S,
@@ -127,6 +135,11 @@ where
         Err(error) => {
             let (handle, asks) = SupervisorHandle::new();
             let server = tokio::spawn(serve(listener, handle.clone()));
+            // The daemon is there, and says what is wrong: nobody needs to end it, and with it what runs.
+            let notices = Notices::from_environment(hello.keeper_pid);
+            if let Some(text) = notices.up(hello.keeper_pid, &format!("supervises nothing: {error}")) {
+                link.try_send(&ToKeeper::Notify { text }, &[])?;
+            }
             refuse_everything(&error, asks).await;
             server.abort();
             return Err(error.into());
@@ -194,10 +207,20 @@ where
         warnings,
         operations,
         kills,
+        notices: Notices::from_environment(keeper),
     });
     let server = tokio::spawn(serve(listener, handle.clone()));
     tracing::info!(pid = std::process::id(), home = %home.dir().display(), "supervisor is up");
-    let world = driver.run(first, inputs_rx, asks_rx, hello.terminate).await?;
+    let world = match driver.run(first, inputs_rx, asks_rx, hello.terminate).await? {
+        Ended::Quit(world) => world,
+        Ended::Orphaned { world, inputs, terminated } => {
+            // Who connects from now on waits for the next supervisor.
+            server.abort();
+            let _ = server.await;
+            let hello = Hello { terminate: terminated.or(hello.terminate), ..hello };
+            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await;
+        }
+    };
     server.abort();
     handle.answered(CLIENTS_PATIENCE).await;
     if !logs.stop(LOGS_PATIENCE) {

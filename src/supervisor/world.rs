@@ -29,8 +29,9 @@ use super::variables::Variables;
 use crate::dispatch::{
     Command, DispatchEvent, DispatchHandle, Drain, Idle, InFlight, KeptListener, OpenListener, Token,
 };
-use crate::keeper::link::{Link, LinkError};
-use crate::keeper::wire::{FromKeeper, HeldFds, ToKeeper};
+use crate::keeper::link::{Inventory, Link, LinkError};
+use crate::keeper::mirror::Sought;
+use crate::keeper::wire::{FromKeeper, HeldFds, Hello, ToKeeper};
 use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{LogEvent, LogHandle};
 use crate::model::exit::ExitReason;
@@ -46,7 +47,7 @@ use crate::sys::child::WaitStatus;
 use crate::sys::procfs::ProcessId;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
-use crate::sys::{clock, poll};
+use crate::sys::{clock, orphans, poll};
 
 /// What the app left behind when its main process ended gets the kill signal, then this long.
 const LEFTOVERS_GRACE: Duration = Duration::from_secs(1);
@@ -141,6 +142,8 @@ pub struct World {
     boot_ms: u64,
     /// Why a `listen()` of these runs failed.
     listen_failures: HashMap<InstanceId, String>,
+    /// The keeper has said that another one follows.
+    successor_announced: bool,
 }
 
 /// What a world is made of.
@@ -201,6 +204,7 @@ impl World {
             recent: VecDeque::new(),
             boot_ms: boot_ms_now(),
             listen_failures: HashMap::new(),
+            successor_announced: false,
         }
     }
 
@@ -498,6 +502,10 @@ impl World {
                 tracing::error!(kind, "the keeper does not know a message");
                 None
             }
+            FromKeeper::Leaving => {
+                self.successor_announced = true;
+                None
+            }
             FromKeeper::Hello(_)
             | FromKeeper::Children { .. }
             | FromKeeper::Held { .. }
@@ -670,7 +678,11 @@ impl World {
     fn hold_listener(&mut self, app: &AppName, listener: KeptListener) -> io::Result<()> {
         let KeptListener { key, data, origin, socket } = listener;
         let name = Listeners::key_name(app, &key);
-        self.link.hold(&name, None, socket.as_fd()).map_err(io::Error::other)?;
+        match self.link.hold(&name, None, socket.as_fd()) {
+            // A keeper that is gone is no fault of the worker; the next one gets the listener from us.
+            Ok(()) | Err(LinkError::Closed) => {}
+            Err(error) => return Err(io::Error::other(error)),
+        }
         let memo = ListenerMemo { app: app.clone(), key: key.clone(), data, origin, address: String::new() };
         self.cluster_listeners.insert((app.clone(), key), memo);
         self.changes += 1;
@@ -752,8 +764,36 @@ impl World {
         self.cluster_listeners
             .iter()
             .filter(|((app, _), listener)| *app == spec.name && !listener.address.is_empty())
-            .map(|(_, listener)| configured(spec, &listener.address).unwrap_or_else(|| listener.address.clone()))
+            .map(|(_, listener)| {
+                configured(spec, &listener.address).unwrap_or_else(|| listener.address.clone())
+            })
             .collect()
+    }
+
+    /// Tells the service manager, through the keeper.
+    pub fn notify(&mut self, text: String) {
+        self.tell_keeper(&ToKeeper::Notify { text });
+    }
+
+    /// Tells the keeper that this supervisor is alive, and will tell so again.
+    pub fn beat(&mut self) {
+        self.tell_keeper(&ToKeeper::Beat);
+    }
+
+    /// The keeper is gone: what it had, those who still work on it, and whether the next keeper is on its way.
+    #[must_use]
+    pub fn into_remains(self, hello: Hello) -> Remains {
+        let missing = self.link.missing();
+        if missing > 0 {
+            tracing::error!(missing, "descriptors are gone with the keeper: there was no room for copies");
+        }
+        let estate = self.link.into_estate(hello, find_unanswered);
+        Remains {
+            estate,
+            dispatch: self.dispatch,
+            logs: self.logs,
+            successor_announced: self.successor_announced,
+        }
     }
 
     /// Ends the daemon: the keeper exits after this process.
@@ -777,6 +817,39 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// What is left of a world without a keeper.
+#[derive(Debug)]
+pub struct Remains {
+    /// For the next keeper.
+    pub estate: Inventory,
+    /// Still hands connections to workers.
+    pub dispatch: DispatchHandle,
+    /// Still writes what apps say.
+    pub logs: LogHandle,
+    /// The keeper has said that another one follows.
+    pub successor_announced: bool,
+}
+
+/// The processes that the keeper may have started without saying so: of those with the token, the one that started
+/// first is the instance and the others are its offspring.
+fn find_unanswered(sought: &[(u64, Sought)]) -> Vec<(u64, u32, u64)> {
+    let tokens: BTreeMap<String, u64> = sought
+        .iter()
+        .filter_map(|(request, sought)| Some((Tag::decode(&sought.tag)?.token(), *request)))
+        .collect();
+    let mut first: BTreeMap<u64, ProcessId> = BTreeMap::new();
+    let orphans = orphans::find(&|token| tokens.contains_key(token)).unwrap_or_default();
+    for orphan in orphans {
+        let Some(request) = tokens.get(&orphan.token) else { continue };
+        let known = first.entry(*request).or_insert(orphan.process);
+        if (orphan.process.start_ticks, orphan.process.pid) < (known.start_ticks, known.pid) {
+            *known = orphan.process;
+        }
+    }
+    let found = first.into_iter();
+    found.map(|(request, process)| (request, process.pid.unsigned_abs(), process.start_ticks)).collect()
 }
 
 impl Witness for World {

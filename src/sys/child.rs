@@ -12,6 +12,9 @@ use nix::errno::Errno;
 pub struct WaitStatus(i32);
 
 impl WaitStatus {
+    /// The process has ended, and how is not known: neither a code nor a signal.
+    pub const UNKNOWN: Self = Self(0x7f);
+
     /// The status with this raw encoding (`wstatus` of wait(2), last field of `/proc/PID/stat`).
     #[must_use]
     pub const fn from_raw(raw: i32) -> Self {
@@ -141,9 +144,28 @@ pub fn start_ticks(pid: u32) -> io::Result<u64> {
 /// The second field is the name in parentheses and may itself hold parentheses and spaces, so counting starts after
 /// the last one.
 fn parse_start_ticks(stat: &[u8]) -> Option<u64> {
+    fields(stat)?.nth(19)?.parse().ok()
+}
+
+/// The fields from the third on.
+fn fields(stat: &[u8]) -> Option<impl Iterator<Item = &str>> {
     let end = stat.iter().rposition(|&byte| byte == b')')?;
-    let rest = std::str::from_utf8(stat.get(end + 1..)?).ok()?;
-    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+    Some(std::str::from_utf8(stat.get(end + 1..)?).ok()?.split_ascii_whitespace())
+}
+
+/// How a process that is no child of ours ended, as long as its parent has not reaped it (the last field of
+/// `/proc/PID/stat`). `None` when it still runs, is gone, or has started at another time.
+#[must_use]
+pub fn status_of_zombie(pid: u32, start_ticks: u64) -> Option<WaitStatus> {
+    parse_zombie(&std::fs::read(format!("/proc/{pid}/stat")).ok()?, start_ticks)
+}
+
+fn parse_zombie(stat: &[u8], start_ticks: u64) -> Option<WaitStatus> {
+    let fields: Vec<&str> = fields(stat)?.collect();
+    let same = fields.get(19)?.parse() == Ok(start_ticks);
+    // The 52nd field, the 50th from the state on (Linux 3.5).
+    let status = fields.get(49)?.parse().ok()?;
+    (same && matches!(*fields.first()?, "Z" | "X")).then_some(WaitStatus(status))
 }
 
 #[cfg(test)]
@@ -161,6 +183,22 @@ mod tests {
             let status = WaitStatus::from_raw(raw);
             assert_eq!((status.code(), status.signal(), status.core_dumped()), (code, signal, core), "{raw}");
         }
+    }
+
+    #[test]
+    fn a_zombie_tells_how_it_ended_to_everybody() {
+        let mut child = std::process::Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
+        let ticks = start_ticks(child.id()).unwrap();
+        let ended = crate::sys::pidfd::open(child.id()).unwrap();
+        let interest = crate::sys::poll::Interest::Read;
+        crate::sys::poll::wait(&[(std::os::fd::AsFd::as_fd(&ended), interest)], None).unwrap();
+        let status = status_of_zombie(child.id(), ticks);
+        assert_eq!(status.and_then(WaitStatus::code), Some(7));
+        assert_eq!(status_of_zombie(child.id(), ticks + 1), None, "another process of this pid");
+        child.wait().unwrap();
+        assert_eq!(status_of_zombie(child.id(), ticks), None);
+        assert_eq!(status_of_zombie(std::process::id(), start_ticks(std::process::id()).unwrap()), None);
+        assert_eq!((WaitStatus::UNKNOWN.code(), WaitStatus::UNKNOWN.signal()), (None, None));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The lock that makes sure there is one daemon per home.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -53,10 +53,19 @@ pub fn acquire(path: &Path) -> Result<File, LockError> {
         }
         Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
     }
-    // Emptied first, so that nobody reads the predecessor's pid joined with ours.
-    file.set_len(0).map_err(failed)?;
-    file.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(failed)?;
+    claim(&mut file).map_err(failed)?;
     Ok(file)
+}
+
+/// Writes this process's pid into a lock file that it holds, by itself or through a copy it was handed.
+///
+/// # Errors
+/// As write(2).
+pub fn claim(file: &mut File) -> io::Result<()> {
+    // Emptied first, so that nobody reads the predecessor's pid joined with ours.
+    file.set_len(0)?;
+    file.rewind()?;
+    file.write_all(format!("{}\n", std::process::id()).as_bytes())
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ pub mod listen;
 pub mod lock;
 pub mod memfd;
 pub mod memory;
+pub mod notify;
 pub mod orphans;
 pub mod peer;
 pub mod pidfd;

@@ -14,6 +14,14 @@ pub fn uid_of(stream: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(getsockopt(&stream, PeerCredentials)?.uid())
 }
 
+/// The pid of the process that connected, or that listens at the address connected to.
+///
+/// # Errors
+/// When the descriptor is no connected unix socket.
+pub fn pid_of(stream: BorrowedFd<'_>) -> io::Result<u32> {
+    Ok(getsockopt(&stream, PeerCredentials)?.pid().unsigned_abs())
+}
+
 /// Whether a process of this uid may command a daemon of ours: the same user, or root.
 #[must_use]
 pub fn may_command(uid: u32) -> bool {

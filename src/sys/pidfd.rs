@@ -5,8 +5,24 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use super::child;
+use super::child::{self, WaitStatus};
 use super::fdpass::own;
+
+/// `struct pidfd_info` in its first form (linux/pidfd.h).
+#[repr(C)]
+#[derive(Debug, Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup: u64,
+    /// pid, tgid, ppid, then real, effective, saved and file system ids.
+    ids: [u32; 11],
+    exit_code: i32,
+}
+
+/// PIDFD_INFO_EXIT.
+const INFO_EXIT: u64 = 1 << 3;
+
+nix::ioctl_readwrite!(pidfd_get_info, 0xff, 11, PidfdInfo);
 
 /// A descriptor for the process `pid` (pidfd_open, Linux 5.3; CLOEXEC). Readable once it has ended.
 ///
@@ -50,9 +66,30 @@ pub fn send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
     Ok(Errno::result(rc).map(drop)?)
 }
 
+/// How the process ended (PIDFD_GET_INFO, Linux 6.15), also when it was not our child. `None` before it was reaped by
+/// its parent, and on older kernels.
+#[must_use]
+pub fn exit_status(pidfd: impl AsFd) -> Option<WaitStatus> {
+    let mut info = PidfdInfo { mask: INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: the number of the request says how long `info` is, and that much is valid for reading and writing.
+    unsafe { pidfd_get_info(pidfd.as_fd().as_raw_fd(), &raw mut info) }.ok()?;
+    (info.mask & INFO_EXIT != 0).then(|| WaitStatus::from_raw(info.exit_code))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tells_how_a_process_ended_that_is_reaped() {
+        let mut child = std::process::Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
+        let fd = open(child.id()).unwrap();
+        child.wait().unwrap();
+        // Older kernels say nothing; none says anything wrong.
+        let status = exit_status(&fd);
+        assert!(status.is_none_or(|status| status.code() == Some(7)), "{status:?}");
+        assert_eq!(exit_status(open(std::process::id()).unwrap()), None, "still there");
+    }
 
     #[test]
     fn names_one_process_and_no_other() {

@@ -7,10 +7,12 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use nix::fcntl::{OFlag, SpliceFFlags, tee};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::pipe2;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 /// A pipe for an application's stdout or stderr: our reading end (non-blocking), its writing end (blocking).
 ///
@@ -75,6 +77,39 @@ pub fn channel_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// See socketpair(2); EMFILE and ENFILE.
 pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?)
+}
+
+/// Listens for packet sockets (AF_UNIX, SOCK_SEQPACKET, CLOEXEC, non-blocking) at a path, which must be free.
+///
+/// # Errors
+/// See bind(2) and unix(7).
+pub fn packet_listener(path: &Path) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(4)?;
+    Ok(socket.into())
+}
+
+/// The next connection of such a listener; `None` when there is none now.
+///
+/// # Errors
+/// See accept(2).
+pub fn packet_accept(listener: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    match Socket::from(listener.try_clone()?).accept() {
+        Ok((socket, _)) => Ok(Some(socket.into())),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Connects to such a listener.
+///
+/// # Errors
+/// NotFound and ConnectionRefused when there is none; see connect(2).
+pub fn packet_connect(path: &Path) -> io::Result<OwnedFd> {
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(socket.into())
 }
 
 /// Makes reads and writes on this open file description return instead of waiting.

@@ -41,7 +41,8 @@ impl Example {
     /// Starts the example of a heading after a change to its files.
     #[track_caller]
     fn start_changed(heading: &str, change: impl FnOnce(&mut Files)) -> Self {
-        let mut files = docs::examples(PAGE).remove(heading).unwrap_or_else(|| panic!("no example {heading:?}"));
+        let mut files =
+            docs::examples(PAGE).remove(heading).unwrap_or_else(|| panic!("no example {heading:?}"));
         let home = Home::new();
         let port = free_port();
         let mut said = 0;
@@ -129,7 +130,10 @@ impl Example {
         kept.more(20);
         let lost = [fresh.stop(), kept.stop()];
         eprintln!("control: {lost:?}");
-        assert!(lost.iter().any(|tally| tally.failed() > 0), "a client that sees no failure proves nothing: {lost:?}");
+        assert!(
+            lost.iter().any(|tally| tally.failed() > 0),
+            "a client that sees no failure proves nothing: {lost:?}"
+        );
     }
 }
 
@@ -166,9 +170,11 @@ fn search_path() -> String {
 fn compile(home: &Home, files: &Files) {
     let languages = cache().join("languages");
     if files.contains_key("server.c") {
-        build(Command::new(find_in_path("cc")).current_dir(home.work()).args([
-            "-O2", "-Wall", "-Wextra", "-Werror", "-o", "server", "server.c",
-        ]));
+        build(
+            Command::new(find_in_path("cc"))
+                .current_dir(home.work())
+                .args(["-O2", "-Wall", "-Wextra", "-Werror", "-o", "server", "server.c"]),
+        );
     } else if files.contains_key("main.go") {
         build(
             Command::new(find_in_path("go"))
@@ -253,6 +259,7 @@ const OTHERS: &[&str] = &["uvicorn's own command line"];
 #[test]
 fn every_example_of_the_page_is_run_by_a_test() {
     let documented: BTreeSet<String> = docs::examples(PAGE).into_keys().collect();
-    let tested: BTreeSet<String> = LOSSLESS.iter().chain(OTHERS).map(|heading| (*heading).to_owned()).collect();
+    let tested: BTreeSet<String> =
+        LOSSLESS.iter().chain(OTHERS).map(|heading| (*heading).to_owned()).collect();
     assert_eq!(documented, tested);
 }

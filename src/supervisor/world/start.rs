@@ -139,9 +139,11 @@ impl World {
 
     fn open_listeners(&mut self, spec: &AppSpec) -> Result<(), NotStarted> {
         for opened in self.listeners.open(spec).map_err(|error| NotStarted::missing(&error))? {
-            self.link
-                .hold(&opened.name, None, opened.socket.as_fd())
-                .map_err(|error| NotStarted::kernel("hold a listener")(io::Error::other(error)))?;
+            match self.link.hold(&opened.name, None, opened.socket.as_fd()) {
+                // As with the start itself: the next keeper gets it from us.
+                Ok(()) | Err(LinkError::Closed) => {}
+                Err(error) => return Err(NotStarted::kernel("hold a listener")(io::Error::other(error))),
+            }
         }
         Ok(())
     }
@@ -188,10 +190,14 @@ impl World {
             ends.ours.iter().map(|(kind, fd)| (tag.held(*kind), fd.as_fd())).collect();
         let held: Vec<(&str, BorrowedFd<'_>)> = names.iter().map(|(name, fd)| (name.as_str(), *fd)).collect();
         let spawn = SpawnRequest { request, tag: &tag.encode(), command: &command, fds: &fds, held: &held };
-        self.link.try_spawn(&spawn).map_err(|error| match error {
-            LinkError::Wire(_) => NotStarted::never(&format!("cannot be asked for: {error:?}")),
-            error => NotStarted::kernel("ask the keeper")(io::Error::other(error)),
-        })?;
+        match self.link.try_spawn(&spawn) {
+            // The keeper is gone, which is no failure of the app: the next one finds that it was never started.
+            Ok(()) | Err(LinkError::Closed) => {}
+            Err(error @ LinkError::Wire(_)) => {
+                return Err(NotStarted::never(&format!("cannot be asked for: {error:?}")));
+            }
+            Err(error) => return Err(NotStarted::kernel("ask the keeper")(io::Error::other(error))),
+        }
         self.spawning.insert(request, tag.id.clone());
         Ok(())
     }

@@ -9,8 +9,8 @@ pub(crate) type Files = BTreeMap<String, String>;
 /// The files under each heading of a page that has some. Headings are without their `#`.
 pub(crate) fn examples(page: &str) -> BTreeMap<String, Files> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(page);
-    let text =
-        std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
+    let text = std::fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
     let mut found: BTreeMap<String, Files> = BTreeMap::new();
     let mut heading = String::new();
     let mut block: Option<(String, String)> = None;

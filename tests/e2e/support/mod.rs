@@ -1,7 +1,7 @@
 //! What every end-to-end test stands on: a home of its own that cleans up, waiting, processes, load, Node versions.
 
-pub(crate) mod docs;
 pub(crate) mod census;
+pub(crate) mod docs;
 pub(crate) mod genuine;
 pub(crate) mod home;
 pub(crate) mod load;

@@ -1,0 +1,176 @@
+//! A supervisor without a keeper: it waits for the next one, starts one where nobody else does, hands everything over
+//! and ends.
+//!
+//! ```text
+//! keeper gone ─→ waits ──────────→ frozen: reads, writes, accepts nothing ─→ handed over: exits
+//!                  │ nobody came       ↑   │ the new keeper died in the middle
+//!                  └→ starts `pm daemon` ──┘
+//! ```
+//!
+//! While it waits, connections still go to workers and lines to files. Instances are not started again: that is a
+//! matter of milliseconds, or of two seconds under a service manager.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::driver::Input;
+use super::run::RunError;
+use super::world::Remains;
+use crate::dispatch::{Command, DispatchEvent};
+use crate::keeper::handover;
+use crate::keeper::link::Inventory;
+use crate::store::paths::Home;
+use crate::sys::child::{self, Zombie};
+use crate::sys::spawn::{self, Program, Target};
+use crate::sys::{exec, notify, peer, pipe, watch};
+
+/// Whether somebody watches over the keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attended {
+    /// A command started the daemon and went away: nobody will start it again.
+    No,
+    /// systemd, another service manager, or a person at a terminal runs it in the foreground.
+    Yes,
+}
+
+/// A service manager gets this long to start the next keeper.
+const ATTENDED_PATIENCE: Duration = Duration::from_secs(2);
+/// A keeper that leaves says so because another one is on its way.
+const ANNOUNCED_PATIENCE: Duration = Duration::from_secs(10);
+/// A keeper that we have started gets this long to come. A busy machine takes seconds for a process.
+const OWN_PATIENCE: Duration = Duration::from_secs(10);
+/// For what was handed out to be settled. The dispatcher has its own, shorter limit.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(3);
+/// For lines to be in their files.
+const LOGS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Passes everything on to the next keeper.
+///
+/// # Errors
+/// When there can be no next keeper: the home is gone.
+pub(super) async fn pass_on(
+    home: &Home,
+    attended: Attended,
+    remains: Remains,
+    mut inputs: UnboundedReceiver<Input>,
+) -> Result<(), RunError> {
+    let io = |step| move |source| RunError::Io { step, source };
+    let patience = match (remains.successor_announced, attended) {
+        (true, _) => ANNOUNCED_PATIENCE,
+        (false, Attended::Yes) => ATTENDED_PATIENCE,
+        (false, Attended::No) => Duration::ZERO,
+    };
+    if remains.successor_announced {
+        tracing::info!("the keeper has left; its successor gets everything");
+    } else {
+        tracing::error!("the keeper is gone; {} processes go on", remains.estate.children.len());
+    }
+    let failed = io("wait for the next keeper");
+    match fs::remove_file(home.takeover_sock()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let address = home.takeover_address().map_err(failed)?;
+    let listener = pipe::packet_listener(address.as_path()).map_err(failed)?;
+    let watched =
+        watch::descriptor(listener.try_clone().map_err(failed)?, Interest::READABLE).map_err(failed)?;
+    let mut frozen = false;
+    let mut until = Instant::now() + patience;
+    loop {
+        let Ok(ready) = timeout_at(until, watched.readable()).await else {
+            start_keeper(home, attended, &remains.estate);
+            until = Instant::now() + OWN_PATIENCE;
+            continue;
+        };
+        ready.map_err(failed)?.clear_ready();
+        while let Some(socket) = pipe::packet_accept(&listener).map_err(failed)? {
+            if peer::uid_of(socket.as_fd()).map_err(failed)? != peer::own_uid() {
+                tracing::warn!("somebody else asked for everything and got nothing");
+                continue;
+            }
+            if !frozen {
+                freeze(&remains, &mut inputs).await;
+                frozen = true;
+            }
+            match handover::offer(socket, &remains.estate) {
+                Ok(()) => {
+                    // The next one makes its own.
+                    let _ = fs::remove_file(home.takeover_sock());
+                    tracing::info!("handed over to the next keeper");
+                    return Ok(());
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the next keeper did not take everything");
+                    until = Instant::now() + patience;
+                }
+            }
+        }
+    }
+}
+
+/// Leaves every descriptor where another supervisor can go on: channels at a line's end, lines in their files.
+async fn freeze(remains: &Remains, inputs: &mut UnboundedReceiver<Input>) {
+    remains.dispatch.send(Command::Freeze);
+    let frozen = async {
+        while let Some(input) = inputs.recv().await {
+            if matches!(input, Input::Dispatch(DispatchEvent::Frozen { .. } | DispatchEvent::Ended { .. })) {
+                break;
+            }
+        }
+    };
+    if timeout(FREEZE_PATIENCE, frozen).await.is_err() {
+        tracing::error!("connections are handed over in the middle of things");
+    }
+    if !remains.logs.stop(LOGS_PATIENCE) {
+        tracing::error!("some log lines have not reached their files");
+    }
+}
+
+/// Starts `pm daemon` as it was started before: its original limits, and nothing of a service manager.
+fn start_keeper(home: &Home, attended: Attended, estate: &Inventory) {
+    // One that we started earlier and that has ended.
+    while let Ok(Some(_)) = child::any_exited(Zombie::Reap) {}
+    match try_start_keeper(home, attended, estate) {
+        Ok(pid) => tracing::info!(pid, "nobody has started the next keeper, so we have"),
+        Err(error) => tracing::error!(%error, "cannot start the next keeper"),
+    }
+}
+
+fn try_start_keeper(home: &Home, attended: Attended, estate: &Inventory) -> io::Result<u32> {
+    let text = |bytes: Vec<u8>| CString::new(bytes).map_err(io::Error::other);
+    let mut args = vec![c"pm".to_owned(), c"daemon".to_owned(), c"--home".to_owned()];
+    args.push(text(home.dir().as_os_str().as_bytes().to_vec())?);
+    if attended == Attended::No {
+        args.push(c"--detached".to_owned());
+    }
+    let env = std::env::vars_os()
+        .filter(|(key, _)| !notify::VARIABLES.iter().any(|name| key == name))
+        .map(|(key, value)| text([key.into_vec(), value.into_vec()].join(&b'=')))
+        .collect::<io::Result<Vec<CString>>>()?;
+    let args: Vec<&CStr> = args.iter().map(AsRef::as_ref).collect();
+    let env: Vec<&CStr> = env.iter().map(AsRef::as_ref).collect();
+    let executable: OwnedFd = exec::own_executable()?;
+    let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
+    let started = spawn::start(&Program {
+        target: Target::File(executable.as_fd()),
+        args: &args,
+        env: &env,
+        listen_pid: false,
+        cwd: Some(c"/"),
+        credentials: None,
+        umask: None,
+        oom_score_adj: Some(estate.hello.oom_score_adj),
+        limits: &[estate.hello.open_files],
+        fds: &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
+    })
+    .map_err(|failure| io::Error::other(failure.to_string()))?;
+    Ok(started.pid)
+}
