@@ -263,14 +263,18 @@ fn a_reload_that_fails_after_the_supervisor_died_still_says_so() {
 #[test]
 fn a_kill_whose_supervisor_dies_ends_the_daemon_and_keeps_its_list() {
     let home = Home::new();
-    home.write("slow.sh", "trap 'sleep 1; exit 0' INT\nwhile :; do sleep 0.05; done\n");
-    home.start("[[apps]]\nname = 'slow'\nscript = 'slow.sh'\n");
+    home.write(
+        "slow.sh",
+        "trap 'until [ -e go ]; do sleep 0.05; done; exit 0' INT\nwhile :; do sleep 0.05; done\n",
+    );
+    home.start("[[apps]]\nname = 'slow'\nscript = 'slow.sh'\nkill_timeout = '60s'\n");
     let running = super::support::home::Running::start(home.command(&["kill"]), b"");
     wait_until("it is stopping", SOON, || {
         let status = home.statuses("slow");
         if status == ["stopping"] { Ok(()) } else { Err(status) }
     });
     process::end(home.supervisor());
+    home.write("go", "");
     let run = running.end(PATIENT);
     assert_eq!(run.code, 0, "{run:#?}");
     wait_until(
