@@ -383,6 +383,58 @@ fn several_forks_on_one_port_are_doubted() {
 }
 
 #[test]
+fn bun_is_a_cluster_worker_with_a_warning_and_takes_sockets_without_one() {
+    let place = Place::new();
+    place.executable("bin/bun", "");
+    let text = "[[apps]]\nscript = 'worker.ts'\ninstances = 2\ninterpreter = 'bun'\n";
+    place.write("worker.ts", "");
+    let alone = place.resolve(text, &place.context()).unwrap();
+    assert!(
+        alone[0].warnings[0].contains(":3:13: bun's cluster workers bind the port themselves"),
+        "{alone:?}"
+    );
+    assert!(alone[0].spec.is_node_cluster(), "what bun has of a cluster it keeps");
+    let text = format!("{text}listen = [3000]\n");
+    let inherits = place.resolve(&text, &place.context()).unwrap();
+    assert_eq!(inherits[0].warnings, [] as [String; 0]);
+    assert_eq!(inherits[0].spec.mode, ExecMode::Cluster);
+    assert!(!inherits[0].spec.is_node_cluster(), "LISTEN_FDS, as every program but Node gets it");
+    assert!(inherits[0].spec.can_overlap());
+}
+
+#[test]
+fn package_runners_in_front_of_a_listener_are_doubted() {
+    let place = Place::new();
+    for runner in ["npm", "yarn", "bash"] {
+        place.executable(&format!("bin/{runner}"), "");
+    }
+    for (script, doubted) in [
+        ("script = 'npm'\nargs = 'start'", Some("npm")),
+        ("script = 'npm run serve'", Some("npm")),
+        ("script = 'exec yarn start'", Some("yarn")),
+        ("script = 'bash'\nargs = ['start.sh']", None),
+    ] {
+        let text = format!("[[apps]]\nname = 'web'\n{script}\n");
+        assert_eq!(
+            place.resolve(&text, &place.context()).unwrap()[0].warnings,
+            [] as [String; 0],
+            "{script}"
+        );
+        let warnings =
+            place.resolve(&format!("{text}listen = [3000]\n"), &place.context()).unwrap()[0].warnings.clone();
+        match doubted {
+            Some(runner) => {
+                assert!(
+                    warnings[0].contains(&format!(":3:10: {runner} does not hand inherited sockets on")),
+                    "{warnings:?}"
+                );
+            }
+            None => assert_eq!(warnings, [] as [String; 0], "{script}"),
+        }
+    }
+}
+
+#[test]
 fn start_parallelism_is_a_key_of_the_file() {
     let place = Place::new();
     let path = place.write("e.toml", "start_parallelism = 7\n[[apps]]\nscript = 'x'");

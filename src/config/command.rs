@@ -35,6 +35,9 @@ const BY_EXTENSION: [(&str, &[&str]); 15] = [
     ("ls", &["lsc"]),
 ];
 
+/// Node programs that start what somebody else has written.
+const PACKAGE_RUNNERS: [&str; 5] = ["npm", "npx", "pnpm", "pnpx", "yarn"];
+
 /// The app's name when none is given: the script's file name without its last extension; a shell line as it is, when
 /// it can be a name, else the file name of its first word.
 pub(super) fn default_name(script: &str) -> String {
@@ -301,6 +304,17 @@ fn runtime_of(interpreter: &str) -> Runtime {
         "deno" => Runtime::Deno,
         _ => Runtime::Other,
     }
+}
+
+/// The package runner that an app is started through, also by a shell line.
+pub(super) fn package_runner(command: &CommandSpec) -> Option<&str> {
+    let words = || command.args.iter().flat_map(|arg| arg.split_whitespace());
+    let program = command.script.file_name().and_then(OsStr::to_str)?;
+    let program = match (program, command.args.first().map(String::as_str)) {
+        ("bash" | "sh", Some("-c")) => words().skip(1).find(|word| *word != "exec")?,
+        _ => program,
+    };
+    PACKAGE_RUNNERS.iter().copied().find(|runner| *runner == program)
 }
 
 /// Whether a program is a Python, which buffers its output unless told otherwise.

@@ -232,7 +232,7 @@ pub(super) fn resolve(
         warnings.push(doubt.line(source));
     }
     if let (Some(mode), Some(command)) = (mode, &command)
-        && let Some(doubt) = bun_binds_itself(app, command, mode)
+        && let Some(doubt) = bun_binds_itself(app, command, mode).or_else(|| runner_in_between(app, command))
     {
         warnings.push(doubt.line(source));
     }
@@ -396,6 +396,18 @@ fn mode(app: &AppConfig, command: &CommandSpec) -> Result<ExecMode, Problem> {
         None if app.instances.is_some() && (speaks_cluster || listens) => Ok(ExecMode::Cluster),
         None => Ok(ExecMode::Fork),
     }
+}
+
+/// npm and its kin are Node programs, which close the descriptors they inherit: what they start finds no socket.
+fn runner_in_between(app: &AppConfig, command: &CommandSpec) -> Option<Problem> {
+    app.listen.as_ref().filter(|listen| !listen.is_empty())?;
+    let runner = command::package_runner(command)?;
+    let place = app.script.as_ref().map_or(&app.place, |script| &script.place);
+    let message = format!(
+        "{runner} does not hand inherited sockets on to what it starts; make `script` the file that it would run \
+         (docs/zero-downtime.md, Next.js and npm start)"
+    );
+    Some(Problem::new(place.clone(), message))
 }
 
 /// A Bun worker binds the port itself (SO_REUSEPORT): what waits in its queue when it closes is reset by the kernel.

@@ -108,6 +108,11 @@ impl Listeners {
         }
     }
 
+    /// The addresses that are open for an app.
+    pub fn of(&self, app: &AppName) -> impl Iterator<Item = &ListenAddress> {
+        self.open.keys().filter(move |(owner, _)| owner == app).map(|(_, address)| address)
+    }
+
     /// Opens those listeners of the spec that are not open yet. All or none.
     ///
     /// # Errors
@@ -197,6 +202,34 @@ fn holder_of(address: &str) -> String {
         .map_or_else(|_| String::new(), |at| by_whom(&ListenAddress::Tcp(at)))
 }
 
+/// Which of these addresses, open for a program to inherit, the program has tried to bind by the look of its last lines.
+#[must_use]
+pub fn bound_again<'a>(
+    open: impl Iterator<Item = &'a ListenAddress>,
+    lines: &[String],
+) -> Option<&'a ListenAddress> {
+    // libc's text, which most languages print; Node's code; musl's text.
+    let taken = |line: &&String| {
+        let line = line.to_ascii_lowercase();
+        ["address already in use", "eaddrinuse", "address in use"].iter().any(|text| line.contains(text))
+    };
+    let complaint = lines.iter().find(taken)?;
+    let mut open = open.peekable();
+    let first = open.peek().copied();
+    let named = open.find(|address| {
+        let place = match address {
+            ListenAddress::Tcp(at) => at.port().to_string(),
+            ListenAddress::Unix(path) => path.display().to_string(),
+        };
+        complaint.contains(&place)
+    });
+    // Go, Node and uvicorn say which address it was, Rust and Python's socket do not.
+    let bytes = complaint.as_bytes();
+    let names_some =
+        bytes.windows(2).any(|pair| matches!(pair[0], b':' | b'/') && pair[1].is_ascii_alphanumeric());
+    named.or_else(|| first.filter(|_| !names_some))
+}
+
 fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
     let address = listener.address.to_string();
     let bound = match &listener.address {
@@ -249,5 +282,33 @@ fn by_whom(address: &ListenAddress) -> String {
     match holders.unwrap_or_default().first() {
         Some(holder) => format!(" by {} (pid {})", holder.command, holder.pid),
         None => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_binds_what_it_should_inherit_is_known_by_its_last_words() {
+        let open =
+            [ListenAddress::Tcp(([127, 0, 0, 1], 3000).into()), ListenAddress::Unix("/run/web.sock".into())];
+        let of = |line: &str| bound_again(open.iter(), &["starting".to_owned(), line.to_owned()]);
+        for (line, expected) in [
+            ("Error: listen EADDRINUSE: address already in use 127.0.0.1:3000", Some(&open[0])),
+            ("listen tcp 127.0.0.1:3000: bind: address already in use", Some(&open[0])),
+            (
+                "[Errno 98] error while attempting to bind on address ('127.0.0.1', 3000): address already in use",
+                Some(&open[0]),
+            ),
+            ("Error: listen EADDRINUSE: address already in use /run/web.sock", Some(&open[1])),
+            ("OSError: [Errno 98] Address already in use", Some(&open[0])),
+            ("Os { code: 98, kind: AddrInUse, message: \"Address already in use\" }", Some(&open[0])),
+            ("listen tcp 127.0.0.1:9100: bind: address already in use", None),
+            ("connection refused 127.0.0.1:3000", None),
+        ] {
+            assert_eq!(of(line), expected, "{line}");
+        }
+        assert_eq!(bound_again([].into_iter(), &["Address already in use".to_owned()]), None);
     }
 }

@@ -20,7 +20,7 @@ use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
 use super::launch::FIRST_FD;
-use super::listeners::Listeners;
+use super::listeners::{self, Listeners};
 use super::operations::Operations;
 use super::outcome::Witness;
 use super::publish::{Inside, SlotInfo};
@@ -852,13 +852,25 @@ fn find_unanswered(sought: &[(u64, Sought)]) -> Vec<(u64, u32, u64)> {
     found.map(|(request, process)| (request, process.pid.unsigned_abs(), process.start_ticks)).collect()
 }
 
+impl World {
+    /// What to say of an app that asked the kernel for a socket it has been given.
+    fn binds_what_it_inherits(&self, id: &InstanceId) -> Option<String> {
+        let lines = self.logs.last_lines(id, LAST_LINES);
+        let address = listeners::bound_again(self.listeners.of(&id.app), &lines)?;
+        Some(format!(
+            "it seems to bind {address} itself, but that socket is open already and waits for it as descriptor {FIRST_FD} \
+             (LISTEN_FDS; docs/zero-downtime.md)"
+        ))
+    }
+}
+
 impl Witness for World {
     fn last_lines(&self, id: &InstanceId) -> Vec<String> {
         self.logs.last_lines(id, LAST_LINES)
     }
 
     fn listen_failure(&self, id: &InstanceId) -> Option<String> {
-        self.listen_failures.get(id).cloned()
+        self.listen_failures.get(id).cloned().or_else(|| self.binds_what_it_inherits(id))
     }
 
     fn listen_timeout(&self, app: &AppName) -> Option<Duration> {

@@ -153,6 +153,7 @@ pub(crate) struct Load {
 struct Shared {
     stop: AtomicBool,
     done: AtomicU64,
+    failed: AtomicU64,
 }
 
 impl Load {
@@ -181,6 +182,11 @@ impl Load {
     /// Requests that have ended so far.
     pub(crate) fn done(&self) -> u64 {
         self.shared.done.load(Ordering::Relaxed)
+    }
+
+    /// Requests that have failed so far.
+    pub(crate) fn failed(&self) -> u64 {
+        self.shared.failed.load(Ordering::Relaxed)
     }
 
     /// Waits until this many further requests have ended.
@@ -231,6 +237,7 @@ fn closed_loop(target: &Target, manner: Manner, client: usize, shared: &Shared) 
         };
         tally.slowest = tally.slowest.max(Instant::now().duration_since(from));
         tally.count(&result);
+        shared.failed.fetch_add(u64::from(result.is_err()), Ordering::Relaxed);
         shared.done.fetch_add(1, Ordering::Relaxed);
         if result == Err(Failure::Refused) {
             // Refusals come back at once; without a pause they would be all the machine does.
