@@ -19,6 +19,11 @@ command -v npm >/dev/null || missing+=(npm)
 command -v python3 >/dev/null || missing+=(python3)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v setsid >/dev/null || missing+=(util-linux)
+# The tests under systemd boot one of their own; only root can.
+if [[ $(id -u) == 0 ]]; then
+  [[ -x /lib/systemd/systemd || -x /usr/lib/systemd/systemd ]] || missing+=(systemd)
+  command -v dbus-daemon >/dev/null || missing+=(dbus)
+fi
 if ((${#missing[@]})); then
   say "installing ${missing[*]}"
   if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then

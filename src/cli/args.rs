@@ -120,6 +120,13 @@ pub enum Command {
     Kill,
     /// Say whether the daemon answers
     Ping,
+    /// Let systemd start pm and its apps at boot
+    Startup(Startup),
+    /// Undo `pm startup`; what runs goes on
+    Unstartup(UnitOptions),
+    /// What a systemd unit runs when it stops
+    #[command(hide = true)]
+    Unit(UnitHook),
     /// Run the daemon in the foreground, as systemd wants it
     Daemon(Daemon),
     /// Serve the files of a directory over HTTP
@@ -385,6 +392,54 @@ pub struct Daemon {
     pub detached: bool,
 }
 
+/// `startup`.
+#[derive(Debug, Args)]
+pub struct Startup {
+    /// Which unit.
+    #[command(flatten)]
+    pub unit: UnitOptions,
+    /// Print the unit and change nothing
+    #[arg(long)]
+    pub print: bool,
+}
+
+/// Which unit `startup` and `unstartup` are about.
+#[derive(Debug, Args)]
+pub struct UnitOptions {
+    /// The service manager: systemd is set up; openrc, runit, launchd: print a recipe [default: systemd]
+    pub platform: Option<String>,
+    /// A service of your own (systemctl --user), which needs no root
+    #[arg(long, conflicts_with = "run_as")]
+    pub user: bool,
+    /// A service of the machine that runs as this user [default: who asks]
+    #[arg(short = 'u', long, value_name = "USER")]
+    pub run_as: Option<String>,
+    /// The name of the unit [default: pm; pm-USER for another user than root]
+    #[arg(long, value_name = "NAME")]
+    pub service_name: Option<String>,
+}
+
+/// `unit`.
+#[derive(Debug, Args)]
+pub struct UnitHook {
+    /// When it is run
+    pub moment: UnitMoment,
+    /// The unit's full name
+    pub unit: String,
+    /// It is one of the user's own
+    #[arg(long)]
+    pub user: bool,
+}
+
+/// When a unit runs a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum UnitMoment {
+    /// ExecStop
+    Stop,
+    /// ExecStopPost
+    Cleanup,
+}
+
 /// `init`.
 #[derive(Debug, Args)]
 pub struct Init {
@@ -498,6 +553,9 @@ mod tests {
             "kill",
             "save",
             "resurrect",
+            "startup",
+            "startup systemd -u ann",
+            "unstartup systemd",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());
         }

@@ -13,6 +13,8 @@ pub mod interrupt;
 pub mod output;
 pub mod serve;
 pub mod specs;
+pub mod systemctl;
+pub mod unit;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};

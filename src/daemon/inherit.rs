@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use crate::keeper::handover;
 use crate::keeper::link::Inventory;
-use crate::keeper::run::LEAVE_SIGNAL;
 use crate::store::paths::Home;
 use crate::sys::clock;
 use crate::sys::lock::{self, LockError};
+use crate::sys::notify::LEAVE_SIGNAL;
 use crate::sys::{child, peer, pidfd, pipe, poll};
 
 /// How long a supervisor may take to notice that its keeper is gone, or a keeper to leave.

@@ -9,6 +9,7 @@ use super::inherit::{self, Found, Other};
 use crate::keeper::link::Inventory;
 use crate::keeper::run::{self, Config};
 use crate::store::paths::Home;
+use crate::sys::cgroup;
 use crate::sys::lock::{self, LockError};
 use crate::sys::notify::{self, Notifier};
 
@@ -96,8 +97,25 @@ fn take_lock(home: &Home, watched: bool) -> Result<(File, Option<Inventory>), Ex
                 say(&format!("warning: cannot write {}: {error}", home.lock().display()));
             }
             say(&format!("pm daemon: takes over {} processes", estate.children.len()));
+            if watched {
+                bring_along(&estate);
+            }
             Ok((lock, Some(*estate)))
         }
+    }
+}
+
+/// Apps of a daemon that a command had started are in the control group of that session, and end with it where
+/// logind is told so. They belong to the unit.
+fn bring_along(estate: &Inventory) {
+    let pids: Vec<i32> = estate.children.iter().map(|child| child.pid.cast_signed()).collect();
+    match cgroup::join(&pids) {
+        Ok((_, 0)) => {}
+        Ok((moved, failed)) => say(&format!(
+            "warning: {failed} of {moved} processes stay in the session that started them, and end with it if \
+             logind.conf has KillUserProcesses=yes; a restart of their app brings them here"
+        )),
+        Err(error) => say(&format!("warning: cannot move what was taken over to this unit: {error}")),
     }
 }
 

@@ -2,14 +2,16 @@
 //! keeper takes it.
 //!
 //! ```text
-//! supervisor without a keeper              the next keeper
+//! supervisor without a keeper              the next keeper, then its supervisor
 //!                                     ←    connects
 //! Hello, Children, Held, InventoryEnd ↔    as between a keeper and its supervisor
-//!                                     ←    Quit: I have everything
+//!                                          (the keeper passes the connection on to its supervisor)
+//!                                     ←    Quit: I have everything too
 //! exits                               →    end of the connection: nobody else reads these descriptors any more
 //! ```
 //!
-//! A keeper that dies before it said Quit has taken nothing: the supervisor offers it all again.
+//! So at every instant there are two processes that hold everything, or one that has just lost the other and offers it
+//! again: when the connection ends without Quit, nothing has been taken.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,7 +63,8 @@ pub fn offer(socket: OwnedFd, inventory: &Inventory) -> Result<(), LinkError> {
         after = Some(last);
     }
     offer.send(&FromKeeper::InventoryEnd)?;
-    match offer.hear()? {
+    // From its supervisor, whenever that is up; there is nothing to be done meanwhile.
+    match offer.hear_within(Duration::MAX)? {
         ToKeeper::Quit => Ok(()),
         _ => Err(out_of_order()),
     }
@@ -84,7 +87,11 @@ impl Offer {
     }
 
     fn hear(&mut self) -> Result<ToKeeper, LinkError> {
-        let deadline = clock::now() + STEP;
+        self.hear_within(STEP)
+    }
+
+    fn hear_within(&mut self, patience: Duration) -> Result<ToKeeper, LinkError> {
+        let deadline = clock::now() + patience;
         loop {
             self.packets.flush().map_err(broken)?;
             match self.packets.receive().map_err(broken)? {
@@ -102,36 +109,46 @@ impl Offer {
     }
 }
 
-/// Takes everything from the supervisor at the other end, and sees it end.
+/// Takes everything from the supervisor at the other end. The connection comes along, as one more descriptor to hold:
+/// whoever gets the inventory from this keeper dismisses the supervisor before it (see [`dismiss`]).
 ///
 /// # Errors
 /// It did not give everything; it goes on waiting for a keeper then.
 pub fn take(socket: OwnedFd) -> Result<Inventory, LinkError> {
-    let supervisor = peer::pid_of(socket.as_fd()).ok().and_then(|pid| pidfd::open(pid).ok());
-    let mut link = Link::new(socket);
-    let inventory = link.handshake()?;
-    link.try_send(&ToKeeper::Quit, &[])?;
+    let ours = socket.try_clone().map_err(|source| LinkError::Io { step: "copy a descriptor", source })?;
+    let mut inventory = Link::new(socket).handshake()?;
+    inventory.held.push((PREDECESSOR.to_owned(), ours));
+    Ok(inventory)
+}
+
+/// The keeper's name of the connection to a supervisor that waits to be dismissed.
+pub(super) const PREDECESSOR: &str = "predecessor";
+
+/// Tells a supervisor without a keeper that it is not needed any more, and sees it end.
+pub(super) fn dismiss(socket: OwnedFd) {
+    let supervisor = peer::pid_of(socket.as_fd()).ok().filter(|&pid| pid != std::process::id());
+    let supervisor = supervisor.and_then(|pid| pidfd::open(pid).ok());
+    let mut packets = Packets::new(socket);
+    let quit = ToKeeper::Quit.encode(0).unwrap_or_default();
+    // One that is gone needs no word.
+    let _ = packets.send(quit, &[]);
     let deadline = clock::now() + EXIT;
-    let gone = loop {
-        match link.try_recv() {
-            // It ends with our Quit read, or without.
-            Err(_) => break true,
-            Ok(Some(_)) => {}
-            Ok(None) if clock::now() >= deadline => break false,
-            Ok(None) => wait(link.as_fd(), Interest::Read, deadline, EXIT)?,
+    let hangs = loop {
+        match packets.receive() {
+            Ok(Incoming::Nothing | Incoming::Frame(..)) => {}
+            Ok(Incoming::End) | Err(_) => break false,
+        }
+        if wait(packets.as_fd(), Interest::Read, deadline, EXIT).is_err() {
+            break true;
         }
     };
-    // Its connection ends when its process does, except where something keeps it: two of them must never be.
-    if let Some(supervisor) = supervisor {
-        let patience = if gone { deadline.since(clock::now()) } else { Duration::ZERO };
-        let ended = poll::wait(&[(supervisor.as_fd(), Interest::Read)], Some(patience));
-        if !ended.is_ok_and(|ended| ended[0]) {
-            // An error means that it has just ended.
-            let _ = pidfd::send_signal(&supervisor, libc::SIGKILL);
-            let _ = poll::wait(&[(supervisor.as_fd(), Interest::Read)], Some(EXIT));
-        }
+    let Some(supervisor) = supervisor else { return };
+    if hangs {
+        // Two of them must never be. Its end of the connection is open, so the pid is still its own.
+        let _ = pidfd::send_signal(&supervisor, libc::SIGKILL);
     }
-    Ok(inventory)
+    // The connection ends a little before the process does.
+    let _ = poll::wait(&[(supervisor.as_fd(), Interest::Read)], Some(EXIT));
 }
 
 fn wait(
@@ -158,4 +175,99 @@ fn broken(source: io::Error) -> LinkError {
 
 const fn out_of_order() -> LinkError {
     LinkError::Wire(WireError::Value("order of frames"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+    use crate::keeper::link::Child;
+    use crate::keeper::wire::{ChildState, Hello};
+    use crate::sys::child::WaitStatus;
+    use crate::sys::limits::Limit;
+    use crate::sys::pipe;
+
+    fn inventory(children: u32) -> Inventory {
+        let (one, _two) = pipe::packet_pair().unwrap();
+        let name = |pid: u32| format!("run:{pid}:out");
+        let child = |pid: u32| Child {
+            pid,
+            start_ticks: u64::from(pid) * 3,
+            tag: format!("tag of {pid}").into_bytes(),
+            state: if pid.is_multiple_of(5) {
+                ChildState::Exited(WaitStatus::from_raw(1792))
+            } else {
+                ChildState::Running
+            },
+            held: vec![name(pid)],
+        };
+        let mut held: Vec<(String, OwnedFd)> =
+            (1..=children).map(|pid| (name(pid), one.try_clone().unwrap())).collect();
+        held.push(("lock".to_owned(), one.try_clone().unwrap()));
+        let hello = Hello {
+            version: 1,
+            keeper_pid: 1,
+            started: 7,
+            open_files: Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 },
+            oom_score_adj: 3,
+            deaths: 2,
+            last_death: None,
+            without_blob: false,
+            terminate: Some(15),
+        };
+        Inventory { hello, children: (1..=children).map(child).collect(), held }
+    }
+
+    #[test]
+    fn everything_arrives_whole_and_in_order_however_much_it_is() {
+        let (ours, theirs) = pipe::packet_pair().unwrap();
+        let offered = inventory(700);
+        let offers = thread::spawn(move || offer(ours, &offered).map(|()| offered));
+        let mut taken = take(theirs).unwrap();
+        let (name, connection) = taken.held.pop().unwrap();
+        assert_eq!(name, PREDECESSOR);
+        assert!(!offers.is_finished(), "it stays until it is dismissed");
+        dismiss(connection);
+        let offered = offers.join().unwrap().unwrap();
+        assert_eq!(taken.hello, offered.hello);
+        assert_eq!(taken.children, offered.children);
+        let names = |inventory: &Inventory| -> Vec<String> {
+            let mut names: Vec<String> = inventory.held.iter().map(|(name, _)| name.clone()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&taken), names(&offered));
+    }
+
+    #[test]
+    fn a_taker_that_dies_in_the_middle_has_taken_nothing() {
+        let offered = inventory(200);
+        for step in 0..4 {
+            let (ours, theirs) = pipe::packet_pair().unwrap();
+            let dies = thread::spawn(move || {
+                if step == 3 {
+                    // As a keeper that is killed before its supervisor has taken anything.
+                    return drop(take(theirs).unwrap());
+                }
+                let mut link = Link::new(theirs);
+                if step > 0 {
+                    link.handshake().unwrap();
+                }
+                if step > 1 {
+                    link.try_send(&ToKeeper::Welcome { version: 1 }, &[]).unwrap();
+                }
+            });
+            offer(ours, &offered).unwrap_err();
+            dies.join().unwrap();
+        }
+        let (ours, theirs) = pipe::packet_pair().unwrap();
+        let takes = thread::spawn(move || {
+            let mut taken = take(theirs).unwrap();
+            dismiss(taken.held.pop().unwrap().1);
+            taken.children.len()
+        });
+        offer(ours, &offered).unwrap();
+        assert_eq!(takes.join().unwrap(), 200);
+    }
 }

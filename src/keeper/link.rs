@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use super::handover::{self, PREDECESSOR};
 use super::mirror::{Mirror, Sought};
 use super::packet::{Incoming, Packets};
 use super::wire::{
@@ -170,8 +171,19 @@ impl Link {
             child.held = owned.remove(&child.pid).unwrap_or_default();
         }
         let hello = greeting.ok_or(LinkError::Wire(WireError::Value("order of frames")))?;
+        let predecessor = held.iter().position(|(name, _)| name == PREDECESSOR);
+        let predecessor = predecessor.map(|index| held.swap_remove(index).1);
         let inventory = Inventory { hello, children, held };
         self.mirror = Mirror::of(&inventory);
+        if let Some(socket) = predecessor {
+            // From here on we hold what it holds.
+            handover::dismiss(socket);
+            match self.release(PREDECESSOR) {
+                // A keeper that has just died is found to be gone when it is needed.
+                Ok(()) | Err(LinkError::Closed) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(inventory)
     }
 

@@ -23,7 +23,7 @@ use super::restarts::Restarts;
 use super::wire::{Death, FromKeeper, Hello, ToKeeper, VERSION};
 use crate::sys::child::{self, WaitStatus, Zombie};
 use crate::sys::clock::{self, Moment};
-use crate::sys::notify::Notifier;
+use crate::sys::notify::{LEAVE_SIGNAL, Notifier};
 use crate::sys::pidfd;
 use crate::sys::poll::{self, Interest, Signals};
 use crate::sys::spawn::{self, Outcome, Program, Report, Target};
@@ -101,8 +101,6 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 const SCAN_PAUSE: Duration = Duration::from_millis(5);
 /// A keeper that was told to leave waits this long for starts that are under way, and for a supervisor.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The signal that tells a keeper to leave everything to the next one.
-pub const LEAVE_SIGNAL: i32 = libc::SIGUSR1;
 /// When the kernel refuses to carry more descriptors, polling cannot tell when it will again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(10);
 

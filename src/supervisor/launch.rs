@@ -131,6 +131,9 @@ impl Descriptors {
     }
 }
 
+/// Where systemd has put what LoadCredential= and the like name for the daemon's unit; apps read it there.
+const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+
 /// Works out what to execute.
 ///
 /// # Errors
@@ -204,7 +207,14 @@ fn environment_of(
     }
     let InstanceId { slot, generation, .. } = *role.id;
     let own = OwnVariables { slot, pm_id: role.pm_id, generation, token: role.token };
-    Ok(environment::instance_environment(spec, shell, &files, &own))
+    let mut env = environment::instance_environment(spec, shell, &files, &own);
+    let is_set = spec.env.vars.contains_key(CREDENTIALS) || files.iter().any(|(name, _)| name == CREDENTIALS);
+    if !is_set && let Ok(directory) = std::env::var(CREDENTIALS) {
+        // The caller's shell may have run in another unit.
+        env.retain(|(name, _)| name != CREDENTIALS);
+        env.push((CREDENTIALS.to_owned(), directory));
+    }
+    Ok(env)
 }
 
 fn descriptor_variables(spec: &AppSpec, role: &Role<'_>, descriptors: Descriptors) -> Vec<(String, String)> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -315,9 +315,18 @@ fn blob_of(
     let blob = BlobMemory::create().map_err(step("make memory for the blob"))?;
     let halves = blob.descriptors().map_err(step("make memory for the blob"))?;
     for (name, half) in HALVES.iter().zip(halves) {
-        link.hold(name, None, half.as_fd())?;
+        hold(link, name, half.as_fd())?;
     }
     Ok((blob, remembered))
+}
+
+/// Lets the keeper hold a descriptor. One that has just died is found to be gone by the driver, who passes everything
+/// on, this too.
+fn hold(link: &mut Link, name: &str, fd: BorrowedFd<'_>) -> Result<(), LinkError> {
+    match link.hold(name, None, fd) {
+        Ok(()) | Err(LinkError::Closed) => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// The command line's socket: the one the keeper holds, so that commands queue while no supervisor is there, or a new
@@ -349,7 +358,7 @@ fn socket_of(
         .reclaim_name(false)
         .create_tokio_as::<UdsListener>()
         .map_err(&failed)?;
-    link.hold(SOCKET, None, listener.as_fd())?;
+    hold(link, SOCKET, listener.as_fd())?;
     Ok(listener.into())
 }
 

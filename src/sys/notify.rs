@@ -22,6 +22,9 @@ pub const VARIABLES: [&str; 8] = [
     "JOURNAL_STREAM",
 ];
 
+/// Asks a keeper to leave everything to the next one, which is about to come: a service manager restarts the daemon.
+pub const LEAVE_SIGNAL: i32 = libc::SIGUSR1;
+
 /// The way to the service manager.
 #[derive(Debug)]
 pub struct Notifier {

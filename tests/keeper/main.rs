@@ -20,7 +20,7 @@ use std::time::Duration;
 use libtest_mimic::{Arguments, Failed, Trial};
 use pm::keeper;
 use pm::sys::poll::{self, Interest};
-use pm::sys::{clock, pidfd};
+use pm::sys::{clock, pidfd, pipe};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
@@ -38,7 +38,12 @@ fn main() -> ExitCode {
 fn keep(scenario: &str, dir: &str) -> ExitCode {
     let args = ["pm", "supervisor", scenario, dir].map(|arg| CString::new(arg).unwrap());
     let mut config = keeper::Config::new(args.to_vec());
-    config.held.push(("from the start".into(), std::fs::File::open(dir).unwrap().into()));
+    match pipe::packet_connect(&Path::new(dir).join(world::TAKEOVER)) {
+        Ok(socket) => config.estate = Some(keeper::handover::take(socket).unwrap()),
+        Err(_) => {
+            config.held.push(("from the start".into(), std::fs::File::open(dir).unwrap().into()));
+        }
+    }
     config.oom_score_adj = Some(world::OOM_SCORE_ADJ);
     match keeper::run(config) {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,7 +76,20 @@ fn test(scenario: &str) -> Result<(), Failed> {
             return Err(format!("no end in sight; {}", result(dir.path())).into());
         }
     }
-    let status = keeper.wait()?;
+    let mut status = keeper.wait()?;
+    if [scenarios::NEXT_KEEPER, scenarios::LEAVING_KEEPER].contains(&scenario) {
+        // Killed, or gone before its time: the next one counts, which is nobody's child any more.
+        status = std::process::ExitStatus::default();
+        let next = dir.path().join(world::NEXT);
+        let is_there = || std::fs::read_to_string(&next).ok().and_then(|pid| pid.parse().ok());
+        while is_there().is_none() && clock::now() < deadline {
+            poll::wait(&[], Some(Duration::from_millis(5)))?;
+        }
+        let pid: u32 = is_there().ok_or_else(|| format!("no next keeper; {}", result(dir.path())))?;
+        if let Ok(pidfd) = pidfd::open(pid) {
+            poll::wait(&[(pidfd.as_fd(), Interest::Read)], Some(deadline.since(clock::now())))?;
+        }
+    }
     let result = result(dir.path());
     if result == "ok" && status.success() { Ok(()) } else { Err(format!("{status}: {result}").into()) }
 }

@@ -37,7 +37,104 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("quick_deaths_cost_the_blob", quick_deaths_cost_the_blob),
     ("broken_frames_cost_the_supervisor_its_life", broken_frames_cost_the_supervisor_its_life),
     ("keeper_stays_small", keeper_stays_small),
+    (NEXT_KEEPER, the_next_keeper_has_everything_of_one_that_was_killed),
+    (LEAVING_KEEPER, a_keeper_that_leaves_settles_what_is_under_way),
 ];
+
+/// In these the first keeper ends before its supervisor.
+pub(crate) const NEXT_KEEPER: &str = "the_next_keeper_has_everything_of_one_that_was_killed";
+pub(crate) const LEAVING_KEEPER: &str = "a_keeper_that_leaves_settles_what_is_under_way";
+
+/// Starts three children, the last of which ends while nobody is their keeper, and hands over. True in the supervisor
+/// of the next keeper.
+fn is_heir(world: &mut World, leave: impl FnOnce(&mut World)) -> bool {
+    if !world.inventory.children.is_empty() {
+        return true;
+    }
+    let (ours, theirs) = pipe::pipe_for_output().unwrap();
+    let held = world.null.try_clone().unwrap();
+    let out = [("run/out", ours.as_fd()), ("run/released", held.as_fd())];
+    let null = world.null.try_clone().unwrap();
+    let request = world.ask("lives", &sh("echo one; exec sleep 600"), &[null.as_fd(), theirs.as_fd()], &out);
+    world.answer(request).unwrap();
+    world.link.release("run/released").unwrap();
+    let ended = world.start("ended before", &sh("exit 7")).unwrap();
+    assert_eq!(world.exit_of(ended).code(), Some(7));
+    let fifo = world.dir.join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    world.start("ends between", &sh(&format!("read x <{}; exit 9", fifo.display()))).unwrap();
+    world.link.hold("later", None, null.as_fd()).unwrap();
+    leave(world);
+    world.hand_over(move || std::fs::write(fifo, "go\n").unwrap());
+}
+
+fn the_next_keeper_has_everything_of_one_that_was_killed(world: &mut World) {
+    let kill = |world: &mut World| {
+        world.sync();
+        let keeper = pidfd::open(world.inventory.hello.keeper_pid).unwrap();
+        pidfd::send_signal(&keeper, libc::SIGKILL).unwrap();
+    };
+    if is_heir(world, kill) {
+        check_estate(world);
+    }
+}
+
+fn a_keeper_that_leaves_settles_what_is_under_way(world: &mut World) {
+    let leave = |world: &mut World| {
+        // Not answered yet when the keeper is told.
+        world.ask("under way", &sh("exec sleep 600"), &[], &[]);
+        let keeper = pidfd::open(world.inventory.hello.keeper_pid).unwrap();
+        pidfd::send_signal(&keeper, pm::sys::notify::LEAVE_SIGNAL).unwrap();
+        until("the keeper says that it leaves", || {
+            // Behind its last word the link is closed.
+            matches!(world.link.try_recv(), Ok(Some(FromKeeper::Leaving)))
+        });
+    };
+    if is_heir(world, leave) {
+        let child = world.inventory.children.iter().find(|child| child.tag == b"under way");
+        assert!(process_exists(child.expect("it was asked for before the keeper left").pid));
+        check_estate(world);
+    }
+}
+
+fn check_estate(world: &mut World) {
+    let find = |tag: &str| -> Child {
+        let found = world.inventory.children.iter().find(|child| child.tag == tag.as_bytes());
+        found.unwrap_or_else(|| panic!("no {tag} in {:?}", world.inventory.children)).clone()
+    };
+    let (lives, before, between) = (find("lives"), find("ended before"), find("ends between"));
+    assert!(matches!(before.state, ChildState::Exited(status) if status.code() == Some(7)), "{before:?}");
+    assert_eq!(lives.held, ["run/out"]);
+    for name in ["from the start", "later", "run/out"] {
+        assert!(world.held(name).is_some(), "{name} is not in {:?}", world.held_names());
+    }
+    assert!(world.held("run/released").is_none());
+    assert!(!world.held_names().iter().any(|name| name.starts_with("pidfd:")), "{:?}", world.held_names());
+    assert_eq!(read_line(world.held("run/out").unwrap()), "one");
+
+    // It ended while there was no keeper. How is known where its zombie was still there, or the kernel remembers.
+    let status = match between.state {
+        ChildState::Exited(status) => status,
+        _ => world.exit_of(between.pid),
+    };
+    assert!([Some(9), None].contains(&status.code()) && status.signal().is_none(), "{status}");
+    world.confirm(between.pid, HeldFds::Release);
+    world.confirm(before.pid, HeldFds::Release);
+
+    // The children of the one before are followed, and new ones live beside them.
+    let own = world.start("own", &sh("exec sleep 600")).unwrap();
+    assert_eq!(status_ppid(own), world.inventory.hello.keeper_pid);
+    assert_ne!(status_ppid(lives.pid), world.inventory.hello.keeper_pid);
+    pidfd::send_signal(pidfd::open(lives.pid).unwrap(), libc::SIGKILL).unwrap();
+    let status = world.exit_of(lives.pid);
+    assert!([Some(libc::SIGKILL), None].contains(&status.signal()) && status.code().is_none(), "{status}");
+    world.confirm(lives.pid, HeldFds::Release);
+    world.sync();
+}
+
+fn status_ppid(pid: u32) -> u32 {
+    status(pid, "PPid").parse().unwrap()
+}
 
 fn failed_start_names_its_stage_and_leaves_nothing(world: &mut World) {
     if world.inventory.hello.deaths > 0 {

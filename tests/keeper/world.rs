@@ -22,6 +22,12 @@ use crate::scenarios;
 /// What keeper and supervisor run with; children must not.
 pub(crate) const OOM_SCORE_ADJ: i32 = 321;
 
+/// Where a supervisor without a keeper waits.
+pub(crate) const TAKEOVER: &str = "takeover.sock";
+
+/// Holds the pid of the next keeper.
+pub(crate) const NEXT: &str = "next";
+
 /// How long any single thing may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -233,6 +239,35 @@ impl World {
         self.inventory.held.iter().map(|(name, _)| name.as_str()).collect()
     }
 
+    /// Starts the next keeper, gives everything to it, and ends. `between` happens while there is no keeper.
+    pub(crate) fn hand_over(&mut self, between: impl FnOnce()) -> ! {
+        let (spare, _) = pipe::packet_pair().unwrap();
+        let link = std::mem::replace(&mut self.link, Link::new(spare));
+        let old = self.inventory.hello.keeper_pid;
+        until("the keeper is gone", || !process_exists(old) || status(old, "State").starts_with('Z'));
+        let estate = link.into_estate(self.inventory.hello.clone(), |_| Vec::new());
+        between();
+        let listener = pipe::packet_listener(&self.dir.join(TAKEOVER)).unwrap();
+        let args: Vec<String> = std::env::args().collect();
+        let mut next = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["keeper", &args[2], &args[3]])
+            .spawn()
+            .unwrap();
+        std::fs::write(self.dir.join("next.new"), next.id().to_string()).unwrap();
+        std::fs::rename(self.dir.join("next.new"), self.dir.join(NEXT)).unwrap();
+        let deadline = clock::now() + PATIENCE;
+        let socket = loop {
+            match pipe::packet_accept(&listener).unwrap() {
+                Some(socket) => break socket,
+                None => wait_readable(listener.as_fd(), deadline),
+            }
+        };
+        pm::keeper::handover::offer(socket, &estate).unwrap();
+        // What is left is the next one's.
+        let _ = next.try_wait();
+        std::process::exit(0)
+    }
+
     /// Dies as hard as can be.
     pub(crate) fn die(&self) -> ! {
         pidfd::send_signal(pidfd::open(std::process::id()).unwrap(), libc::SIGKILL).unwrap();
@@ -294,7 +329,7 @@ fn wait_readable(fd: BorrowedFd<'_>, deadline: Moment) {
 }
 
 /// Waits until a condition holds.
-pub(crate) fn until(what: &str, holds: impl Fn() -> bool) {
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = clock::now() + PATIENCE;
     while !holds() {
         assert!(clock::now() < deadline, "{what}: not within {PATIENCE:?}");

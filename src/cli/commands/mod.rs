@@ -16,6 +16,9 @@ mod reset;
 mod save;
 mod scale;
 mod start;
+mod startup;
+mod unit;
+mod unstartup;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -61,6 +64,9 @@ pub fn run(command: Command, context: &mut Context) -> Result<u8, CliError> {
         Command::Ping => ping::run(context).map(done),
         Command::Serve(options) => serve(options).map(done),
         Command::Init(args) => init::run(&args, context).map(done),
+        Command::Startup(args) => startup::run(&args, context).map(done),
+        Command::Unstartup(args) => unstartup::run(&args, context).map(done),
+        Command::Unit(hook) => unit::run(&hook, context).map(done),
         Command::Check(args) => check::run(&args, context).map(done),
         // `parse` has taken these.
         Command::Daemon(_) | Command::Supervisor(_) => Err(CliError::Usage {

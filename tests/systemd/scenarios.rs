@@ -1,0 +1,441 @@
+//! What is tried under systemd.
+
+use std::fs;
+use std::time::Duration;
+
+use pm::sys::clock;
+
+use crate::machine::{
+    DIR, PM, Scenario, alive, daemon, drop_in, ok, pids, pids_of, processes, sh, start, unit, until,
+    until_says, write,
+};
+
+pub(crate) const ALL: &[Scenario] = &[
+    ("startup_sets_up_a_unit_that_verifies_and_twice_is_the_same_as_once", startup_sets_up_a_unit),
+    ("startup_refuses_what_it_must_not_do_and_says_what_would_work", startup_refuses),
+    ("a_daemon_that_was_started_by_hand_is_taken_over_with_its_apps", by_hand_is_taken_over),
+    ("kill_9_of_the_keeper_leaves_one_keeper_one_supervisor_and_the_same_app_pids", killed_keeper),
+    ("systemctl_restart_keeps_the_app_pids", restart_keeps_pids),
+    ("systemctl_stop_ends_the_apps_and_start_brings_back_what_was_wanted", stop_and_start),
+    ("a_stop_takes_as_long_as_the_slowest_app_may_take", slow_stop),
+    ("what_a_hung_daemon_leaves_is_ended_when_a_stop_was_asked_for", hung_daemon_is_cleaned_up),
+    ("a_supervisor_or_keeper_that_hangs_is_replaced_and_no_app_notices", watchdog),
+    ("fifty_apps_that_boot_with_cpu_work_all_come_up_and_ready_does_not_wait_for_them", fifty_apps),
+    ("credentials_of_the_unit_reach_apps", credentials),
+    ("apps_do_not_inherit_what_protects_the_daemon", oom_scores),
+    ("pm_kill_ends_the_unit_and_systemd_does_not_start_it_again", kill_is_final),
+    ("unstartup_undoes_startup_and_ends_nothing", unstartup),
+    ("a_unit_for_another_user_runs_as_that_user", other_user),
+    ("a_user_service_needs_no_root", user_service),
+];
+
+const TWO: &str = "[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n\
+                   [[apps]]\nname = 'two'\nscript = 'sh'\nargs = ['-c', 'sleep 1001; true']\ninstances = 2\n";
+
+fn startup_sets_up_a_unit() {
+    let path = "/etc/systemd/system/pm.service";
+    sh("pm startup").succeeds().says("pm.service is set up").says(path).says_not("warning");
+    assert_eq!(ok("systemctl is-enabled pm"), "enabled");
+    assert_eq!(ok("systemctl is-active pm"), "active");
+    for (key, value) in [
+        ("Type", "notify"),
+        ("NotifyAccess", "main"),
+        ("PIDFile", ""),
+        ("KillMode", "process"),
+        ("OOMPolicy", "continue"),
+        ("Delegate", "yes"),
+        ("Restart", "on-failure"),
+        ("WatchdogUSec", "1min"),
+        ("StatusText", "no apps"),
+    ] {
+        assert_eq!(unit(key), value, "{key}");
+    }
+    assert_eq!(ok("systemd-analyze verify --man=no /etc/systemd/system/pm.service"), "", "not a word");
+    let text = fs::read_to_string(path).unwrap();
+    assert_eq!(ok("pm startup --print"), text.trim());
+    let before = unit("MainPID");
+    sh("pm startup").succeeds().says("is set up already");
+    sh("pm startup systemd --json").succeeds().says("\"changed\":false");
+    assert_eq!(unit("MainPID"), before);
+    assert_eq!(fs::read_to_string(path).unwrap(), text);
+
+    // One that an older version wrote is brought up to date.
+    fs::write(path, text.replace("WatchdogSec=60", "WatchdogSec=61")).unwrap();
+    sh("pm startup --json").succeeds().says("\"changed\":true");
+    assert_eq!(fs::read_to_string(path).unwrap(), text);
+    assert_eq!(unit("MainPID"), before);
+    start(TWO);
+    until_says("systemctl show pm --value -p StatusText", "2 apps: 3 online");
+}
+
+fn startup_refuses() {
+    sh("useradd -m ann");
+    // The command to copy, and nothing done.
+    let refused = sh("su ann -c 'pm startup'");
+    assert_eq!(refused.code, 1, "{}", refused.text);
+    refused.says("sudo /usr/local/bin/pm startup -u ann\n").says("pm startup --user");
+    sh("su ann -c 'pm startup --home /srv/x --service-name shop'")
+        .says("sudo /usr/local/bin/pm startup -u ann --home /srv/x --service-name shop\n");
+    sh("pm startup -u nobody-there").says("there is no user `nobody-there`");
+    sh("pm startup upstart").says("openrc, runit").code_is(2);
+    sh("pm startup --service-name ../x").says("is not a name for a unit").code_is(2);
+    sh("pm unstartup").succeeds().says("not set up");
+
+    let path = "/etc/systemd/system/pm.service";
+    fs::write(path, "[Service]\nExecStart=/bin/true\n").unwrap();
+    sh("pm startup").says("is not a unit that `pm startup` wrote").says("--service-name").code_is(1);
+    sh("pm unstartup").says("is not a unit that `pm startup` wrote").code_is(1);
+    assert!(fs::read_to_string(path).unwrap().contains("/bin/true"));
+    fs::remove_file(path).unwrap();
+
+    ok("pm startup --service-name pm-shop --home /srv/shop");
+    sh("pm startup --service-name pm-shop").says("is for another home").says("/srv/shop").code_is(1);
+    ok("systemctl stop pm-shop; pm unstartup --service-name pm-shop --home /srv/shop; rm -rf /srv/shop");
+    assert!(fs::metadata("/etc/systemd/system/pm-shop.service").is_err());
+}
+
+fn by_hand_is_taken_over() {
+    start(TWO);
+    let before = pids();
+    assert_eq!(before.len(), 3);
+    let (by_hand, _) = daemon();
+    sh("pm startup").succeeds().says("it took over from the one that was running, with every app");
+    let (keeper, _) = daemon();
+    assert_ne!(keeper, by_hand);
+    assert_eq!(unit("MainPID"), keeper.to_string());
+    assert_eq!(pids(), before);
+    for pid in before.values() {
+        let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(group.contains("/system.slice/pm.service"), "{group}");
+    }
+    // The other way round nobody is driven out: the one that is there is named.
+    let second = sh("pm daemon");
+    assert_eq!(second.code, 5);
+    second.says(&format!("pid {keeper}"));
+}
+
+fn killed_keeper() {
+    write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n");
+    ok("pm startup");
+    start(&format!("{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n"));
+    let before = pids();
+    let mut earlier = daemon();
+    for round in 1..=5 {
+        ok(&format!("kill -9 {}", earlier.0));
+        until("systemd has started the next keeper", || {
+            let main = unit("MainPID");
+            let up = unit("SubState") == "running" && main != earlier.0.to_string() && main != "0";
+            if up { Ok(()) } else { Err(format!("{main} {}", unit("SubState"))) }
+        });
+        let now = daemon();
+        assert_eq!(unit("MainPID"), now.0.to_string(), "round {round}");
+        assert_ne!(now.1, earlier.1, "the supervisor handed over and ended");
+        assert_eq!(pids(), before, "round {round}");
+        earlier = now;
+    }
+    assert_eq!(unit("NRestarts"), "5");
+    // An app that ends now is followed all the same, and what it ended by is known.
+    let one = before["one:0"];
+    ok(&format!("kill -TERM {one}"));
+    until("it was started again", || match pids().get("one:0") {
+        Some(pid) if *pid != one => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    sh("pm describe one").succeeds().says("SIGTERM");
+    let lines = ok("cat /var/lib/pm/logs/count-out*.log");
+    let numbers: Vec<u64> = lines.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(numbers.len() > 20);
+    let expected: Vec<u64> = (1..=numbers.len() as u64).collect();
+    assert_eq!(numbers, expected, "no line is lost or twice");
+    assert_eq!(ok("pm ping | wc -l"), "1");
+}
+
+fn restart_keeps_pids() {
+    ok("pm startup");
+    start(TWO);
+    let before = pids();
+    let (first, _) = daemon();
+    for verb in ["restart", "try-restart", "reload-or-restart"] {
+        ok(&format!("systemctl {verb} pm"));
+        assert_eq!(unit("MainPID"), daemon().0.to_string());
+        assert_eq!(pids(), before, "{verb}");
+        assert_eq!((unit("Result"), unit("NRestarts")), ("success".into(), "0".into()), "{verb}");
+    }
+    assert_ne!(daemon().0, first);
+    // What was decided before holds afterwards.
+    ok("pm stop two");
+    ok("systemctl restart pm");
+    assert_eq!(pids().into_keys().collect::<Vec<_>>(), ["one:0"]);
+}
+
+fn stop_and_start() {
+    ok("pm startup");
+    start(TWO);
+    ok("pm stop one");
+    let before = pids();
+    ok("systemctl stop pm");
+    assert_eq!(processes(), [], "daemon and supervisor are gone");
+    for pid in before.values() {
+        assert!(!alive(*pid), "{pid}");
+    }
+    assert_eq!((unit("ActiveState"), unit("Result")), ("inactive".into(), "success".into()));
+    sh("pm list").succeeds();
+    assert_eq!(processes(), [], "asking starts nothing");
+    ok("systemctl start pm");
+    until("what was running runs", || match pids() {
+        now if now.len() == 2 => Ok(()),
+        now => Err(format!("{now:?}")),
+    });
+    assert!(pids().keys().all(|name| name.starts_with("two:")), "what was stopped stays so: {:?}", pids());
+}
+
+fn slow_stop() {
+    ok("pm startup");
+    // A third of what the app takes: without being asked for more, systemd would end the daemon in the middle.
+    drop_in("TimeoutStopSec=1");
+    write(
+        "slow.sh",
+        "trap 'sleep 3; echo done >/root/scenario/done; exit 0' INT\nwhile :; do sleep 0.1; done\n",
+    );
+    start("[[apps]]\nname = 'slow'\nscript = 'slow.sh'\nkill_timeout = '30s'\n");
+    let begun = clock::now();
+    ok("systemctl stop pm");
+    assert!(clock::now().since(begun) > Duration::from_secs(2));
+    assert_eq!(fs::read_to_string(format!("{DIR}/done")).unwrap().trim(), "done");
+    assert_eq!((unit("ActiveState"), unit("Result")), ("inactive".into(), "success".into()));
+}
+
+fn hung_daemon_is_cleaned_up() {
+    ok("pm startup");
+    drop_in("TimeoutStopSec=3");
+    write(
+        "deaf.sh",
+        "trap '' INT TERM\n(trap '' TERM; while :; do sleep 0.1; done) &\nwhile :; do sleep 0.1; done\n",
+    );
+    start(&format!("{TWO}[[apps]]\nname = 'deaf'\nscript = 'deaf.sh'\n"));
+    let before = pids();
+    let (keeper, supervisor) = daemon();
+    ok(&format!("kill -STOP {keeper} {supervisor}"));
+    sh("systemctl stop pm");
+    assert_eq!(processes(), []);
+    for pid in before.values() {
+        assert!(!alive(*pid), "{pid}");
+    }
+    until_says(
+        "systemctl show pm --value -p ControlGroup | xargs -I{} cat /sys/fs/cgroup{}/cgroup.procs | wc -l",
+        "0",
+    );
+    // Run by hand, it touches nothing.
+    ok("systemctl start pm");
+    until("everything runs again", || if pids().len() == 4 { Ok(()) } else { Err(format!("{:?}", pids())) });
+    let before = pids();
+    ok("pm unit cleanup pm.service");
+    ok("SERVICE_RESULT=success pm unit cleanup pm.service");
+    assert_eq!(pids(), before);
+}
+
+fn watchdog() {
+    ok("pm startup");
+    drop_in("WatchdogSec=2\nTimeoutStopSec=1");
+    ok("systemctl restart pm");
+    start(TWO);
+    let before = pids();
+    let (keeper, supervisor) = daemon();
+    ok(&format!("kill -STOP {supervisor}"));
+    until("the keeper replaces the supervisor", || match daemon() {
+        (now, next) if now == keeper && next != supervisor => Ok(()),
+        seen => Err(format!("{seen:?}")),
+    });
+    assert_eq!(pids(), before);
+    ok(&format!("kill -STOP {keeper}"));
+    until("systemd replaces the keeper", || match unit("MainPID") {
+        main if main != keeper.to_string() && main != "0" && unit("SubState") == "running" => Ok(()),
+        seen => Err(format!("{seen} {}", unit("SubState"))),
+    });
+    daemon();
+    assert_eq!(pids(), before);
+    assert_eq!(unit("NRestarts"), "1");
+}
+
+fn fifty_apps() {
+    // Each needs a good tenth of a second of CPU time before it can serve.
+    write(
+        "work.sh",
+        "i=0\nwhile [ $i -lt 40000 ]; do i=$((i+1)); done\necho >&$PM_READY_FD\nexec sleep 1000\n",
+    );
+    let apps: String = (0..50)
+        .map(|n| format!("[[apps]]\nname = 'app-{n}'\nscript = 'work.sh'\nwait_ready = true\n"))
+        .collect();
+    ok("pm startup");
+    write("ecosystem.toml", &format!("start_parallelism = 5\n{apps}"));
+    ok(&format!("cd {DIR} && pm start ecosystem.toml --no-wait"));
+    ok("systemctl stop pm");
+    assert_eq!(processes(), []);
+    let begun = clock::now();
+    ok("systemctl start pm");
+    let up = clock::now().since(begun);
+    let online = pids().len();
+    assert!(online < 50, "READY did not wait for the apps: {online} online after {up:?}");
+    until("all apps are online", || {
+        if pids().len() == 50 { Ok(()) } else { Err(format!("{} of 50", pids().len())) }
+    });
+    println!("  50 apps: READY after {up:?}, all online after {:?}", clock::now().since(begun));
+    let list: serde_json::Value = serde_json::from_str(&ok("pm jlist")).unwrap();
+    for row in list.as_array().unwrap() {
+        assert_eq!(row["pm2_env"]["restart_time"], 0, "{}", row["name"]);
+    }
+    until_says("systemctl show pm --value -p StatusText", "50 apps: 50 online");
+}
+
+fn credentials() {
+    ok("pm startup");
+    write("token", "s3cret");
+    drop_in(&format!("LoadCredential=token:{DIR}/token"));
+    ok("systemctl restart pm");
+    write("reads.sh", "cat $CREDENTIALS_DIRECTORY/token >/root/scenario/seen\nexec sleep 1000\n");
+    start(
+        "[[apps]]\nname = 'reads'\nscript = 'reads.sh'\n\
+         [[apps]]\nname = 'own'\nscript = 'sleep'\nargs = ['1000']\n[apps.env]\nCREDENTIALS_DIRECTORY = '/mine'\n",
+    );
+    until_says("cat /root/scenario/seen", "s3cret");
+    let pid = pids()["own:1"];
+    let env = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
+    assert!(
+        env.split('\0').any(|entry| entry == "CREDENTIALS_DIRECTORY=/mine"),
+        "the config has the last word"
+    );
+    for word in ["NOTIFY_SOCKET", "WATCHDOG_USEC", "INVOCATION_ID", "JOURNAL_STREAM", "PM_APPS_OOM_SCORE_ADJ"]
+    {
+        assert!(!env.contains(word), "{word} is between systemd and the daemon");
+    }
+}
+
+fn oom_scores() {
+    ok("pm startup");
+    start(TWO);
+    // A machine may be forbidden to protect anything; then there is nothing to pass on either.
+    let protected = if sh("echo -900 >/proc/self/oom_score_adj").code == 0 { "-900" } else { "0" };
+    let score =
+        |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    let check = || {
+        let (keeper, supervisor) = daemon();
+        assert_eq!((score(keeper).as_str(), score(supervisor).as_str()), (protected, protected));
+        for pid in pids().values() {
+            assert_eq!(score(*pid), "0");
+            let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+            let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+            let limit: u64 = line.split_whitespace().nth(3).unwrap().parse().unwrap();
+            // As much as the unit says, or as this machine allows.
+            assert_eq!(limit, 65536.min(pm::sys::limits::open_files().unwrap().hard), "{line}");
+        }
+    };
+    check();
+    ok("systemctl restart pm");
+    ok("pm restart all");
+    check();
+}
+
+fn kill_is_final() {
+    ok("pm startup");
+    start(TWO);
+    ok("pm kill");
+    until_says("systemctl show pm --value -p ActiveState", "inactive");
+    assert_eq!((unit("Result"), unit("NRestarts")), ("success".into(), "0".into()));
+    assert_eq!(processes(), []);
+    // The daemon a command starts is the unit's no more; the next start of the unit takes it over.
+    ok("pm resurrect");
+    let before = pids();
+    assert_eq!(before.len(), 3);
+    ok("systemctl start pm");
+    assert_eq!(pids(), before);
+    assert_eq!(unit("MainPID"), daemon().0.to_string());
+}
+
+fn unstartup() {
+    ok("pm startup");
+    start(TWO);
+    let before = pids();
+    sh("pm unstartup").succeeds().says("pm.service is removed").says("run on");
+    assert!(fs::metadata("/etc/systemd/system/pm.service").is_err());
+    assert_ne!(sh("systemctl is-enabled pm").text.trim(), "enabled");
+    assert_eq!(pids(), before);
+    // Until the next reboot systemd goes on looking after it.
+    ok(&format!("kill -9 {}", daemon().0));
+    until(
+        "the next keeper is there",
+        || if unit("NRestarts") == "1" { Ok(()) } else { Err(unit("NRestarts")) },
+    );
+    daemon();
+    assert_eq!(pids(), before);
+    sh("pm unstartup").succeeds().says("not set up");
+    ok("systemctl stop pm");
+    assert_eq!(processes(), []);
+    // And once more from the beginning.
+    ok("pm startup");
+    assert_eq!(unit("FragmentPath"), "/etc/systemd/system/pm.service");
+    until("everything runs again", || if pids().len() == 3 { Ok(()) } else { Err(format!("{:?}", pids())) });
+    ok("systemctl stop pm && pm unstartup");
+    assert_eq!(unit("LoadState"), "not-found");
+}
+
+fn other_user() {
+    sh("useradd -m bob");
+    write("../bob.toml", TWO);
+    ok("cp /root/bob.toml /home/bob/ && chown bob /home/bob/bob.toml");
+    ok("su bob -c 'cd && pm start bob.toml'");
+    let pm = "su bob -c pm\\ ";
+    let list = || pids_of("HOME=/home/bob pm --home /home/bob/.pm");
+    let before = list();
+    assert_eq!(before.len(), 3, "{pm}");
+    sh("pm startup -u bob").succeeds().says("pm-bob.service is set up").says("took over");
+    assert_eq!(list(), before);
+    let main = ok("systemctl show pm-bob --value -p MainPID");
+    assert_eq!(ok(&format!("stat -c %U /proc/{main}")), "bob");
+    ok("systemctl restart pm-bob");
+    assert_eq!(list(), before);
+    ok("systemctl stop pm-bob");
+    ok("systemctl start pm-bob");
+    until("everything runs again", || if list().len() == 3 { Ok(()) } else { Err(format!("{:?}", list())) });
+    for pid in list().values() {
+        assert_eq!(ok(&format!("stat -c %U /proc/{pid}")), "bob");
+        assert_eq!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim(), "0");
+    }
+    ok("systemctl stop pm-bob && pm unstartup -u bob");
+    assert_eq!(processes(), []);
+}
+
+fn user_service() {
+    // Root's own instance of systemd stands for that of any user: it needs no seat and no session.
+    let up = sh("systemctl start user@0.service");
+    if up.code != 0 {
+        println!("  no user instance here: {}", up.text);
+        return;
+    }
+    let home = "/root/scenario/home";
+    let pm = format!("XDG_RUNTIME_DIR=/run/user/0 pm --home {home}");
+    let systemctl = "XDG_RUNTIME_DIR=/run/user/0 systemctl --user";
+    sh(&format!("{pm} startup --user"))
+        .succeeds()
+        .says("pm.service is set up")
+        .says(".config/systemd/user/pm.service");
+    assert_eq!(ok(&format!("{systemctl} is-enabled pm")), "enabled");
+    write("ecosystem.toml", TWO);
+    ok(&format!("cd {DIR} && {pm} start ecosystem.toml"));
+    let before = pids_of(&pm);
+    ok(&format!("{systemctl} restart pm"));
+    assert_eq!(pids_of(&pm), before);
+    let main = ok(&format!("{systemctl} show pm --value -p MainPID"));
+    ok(&format!("kill -9 {main}"));
+    until_says(
+        &format!("{systemctl} show pm --value -p NRestarts -p SubState | sort | tr '\\n' ' '"),
+        "1 running",
+    );
+    assert_eq!(pids_of(&pm), before);
+    ok(&format!("{systemctl} stop pm"));
+    for pid in before.values() {
+        assert!(!alive(*pid));
+    }
+    sh(&format!("{pm} unstartup --user")).succeeds().says("removed");
+    assert_eq!(processes(), []);
+    assert!(fs::metadata(PM).is_ok());
+}
