@@ -53,7 +53,13 @@ fn instance(name: &str, slot: u32, generation: u64) -> InstanceId {
 }
 
 fn drain(idle: Idle, patience: Duration) -> Drain {
-    Drain { idle, patience: Some(patience), in_flight: InFlight::Leave, websockets: false }
+    Drain {
+        idle,
+        patience: Some(patience),
+        in_flight: InFlight::Leave,
+        websockets: false,
+        within: Duration::from_secs(20),
+    }
 }
 
 /// What a driver would have recorded, and everything that happened.

@@ -14,6 +14,14 @@ kill_timeout = "10s"          # from SIGINT to SIGKILL
 # listen = ["0.0.0.0:3000"]   # for programs that are not Node: a socket that all instances inherit
 # env_file = ".env"
 
+# A Node app needs no code for a reload without loss. One that has things of its own to end does it on SIGINT:
+#   process.on('SIGINT', () => {
+#     server.close(async () => {   // called when the last request is answered
+#       await database.end();
+#       process.exit(0);
+#     });
+#   });
+
 [apps.env]
 NODE_ENV = "development"
 

@@ -7,13 +7,13 @@
 // that the app forks (they inherit the option, but nobody greets them). What an app that looks for it can see is
 // listed in docs/agent.md.
 
+// The app sees the arguments it was given, and hands no more than those to the children it forks.
+const own = process.execArgv.indexOf(__filename);
+if (own > 0 && process.execArgv[own - 1] === '--require') process.execArgv.splice(own - 1, 2);
+delete require.cache[__filename];
 if (require('node:worker_threads').isMainThread && typeof process.send === 'function') install();
 
 function install() {
-  // The app sees the arguments it was given, and hands no more than those to the children it forks.
-  const own = process.execArgv.indexOf(__filename);
-  if (own > 0 && process.execArgv[own - 1] === '--require') process.execArgv.splice(own - 1, 2);
-
   const net = require('node:net');
   // The app may replace or wrap all of these later.
   const { performance } = require('node:perf_hooks');
@@ -21,10 +21,10 @@ function install() {
   const { send, listenerCount, memoryUsage, _getActiveHandles, _getActiveRequests } = process;
   const { listen, getConnections } = net.Server.prototype;
 
-  // How long a client has to see that an HTTP/2 session goes away, before streams that it still opens are refused.
-  const NOTICE = 1000;
   // How long a TLS connection may stay without a parser before it counts as upgraded and not as in its handshake.
   const HANDSHAKE = 1000;
+  // How long a client that was told to go has to end its HTTP/2 session by itself.
+  const LEAVE = 1000;
   const STEP = 15;
 
   // Servers that were told to listen. Weak: an app that makes and drops many servers does not grow.
@@ -34,7 +34,7 @@ function install() {
   let drain = null;
   // Connections that the supervisor handed over, once it balances by their number.
   let handed = null;
-  // Sessions of HTTP/2 servers, with the moment at which they were told to go.
+  // Sessions of HTTP/2 servers: their open streams, when the last one was closed, and whether they are told to go.
   const sessions = new Map();
   // Open websockets, with what had been written to them before the upgrade; followed only where they are to be closed.
   let websockets = null;
@@ -77,13 +77,31 @@ function install() {
   net.Server.prototype.listen = listenRemembered;
 
   function followSession(session) {
-    sessions.set(session, null);
+    const known = { streams: new Set(), last: 0, told: false };
+    sessions.set(session, known);
     session.once('close', () => sessions.delete(session));
     session.on('stream', guarded((stream) => {
       const start = requestBegins();
-      stream.once('close', () => requestEnds(start));
+      known.streams.add(stream);
+      stream.once('close', () => {
+        known.streams.delete(stream);
+        known.last = requestEnds(start);
+      });
+      if (drain !== null) goAway(session, known);
     }));
-    if (drain !== null) endSession(session, performance.now());
+  }
+
+  function goAway(session, known) {
+    if (known.told || session.closed || session.destroyed) return;
+    known.told = true;
+    session.goaway();
+    // The client says GOAWAY, too, and Node answers by closing the session: version 18 at the moment of the last
+    // stream's end, before that is on its way.
+    const { close } = session;
+    session.close = (done) => {
+      if (typeof done === 'function') session.once('close', done);
+    };
+    known.close = () => Reflect.apply(close, session, []);
   }
 
   // Node's list of an HTTP/1 server's connections, which it keeps for its own time-outs.
@@ -95,7 +113,8 @@ function install() {
 
   function followUpgrades(server) {
     const { emit } = server;
-    if (parsers(server) === null || emit.name === 'emitFollowed') return;
+    // Those of HTTP/1 have it.
+    if (!('keepAliveTimeout' in server) || emit.name === 'emitFollowed') return;
     const note = guarded((request, socket) => {
       if (!/^websocket$/i.test(request.headers.upgrade)) return;
       websockets.set(socket, socket.bytesWritten);
@@ -178,15 +197,16 @@ function install() {
 
   // `idle`: "close" idle connections at once, or "wait" for one more request on each, `patience` ms at most (null: as
   // long as the server itself would). `requests`: those in flight after that are left to the app's signal handler
-  // ("leave"), or there is none and they are waited for ("finish").
-  function startDrain({ idle, patience, requests, websockets: goAway }) {
+  // ("leave"), or there is none and they are waited for ("finish"). All is over after `within` ms.
+  function startDrain({ idle, patience, requests, websockets: withWebsockets, within }) {
     const since = performance.now();
+    const until = since + Math.min(patience ?? keepAlive(), within - 2 * STEP);
     const before = drain;
     drain = {
       since,
-      idleUntil: idle === 'close' ? since : since + (patience ?? keepAlive()),
-      leaveAt: requests === 'leave' ? since + (patience ?? keepAlive()) : Infinity,
-      websocketsUntil: goAway ? since + (patience ?? keepAlive()) : since,
+      idleUntil: idle === 'close' ? since : until,
+      leaveAt: requests === 'leave' ? until : Infinity,
+      websocketsUntil: withWebsockets ? until : since,
       timer: null,
     };
     if (before === null) {
@@ -196,14 +216,19 @@ function install() {
     } else {
       clearInterval(before.timer);
     }
-    if (goAway) guarded(closeWebsockets)();
-    drain.timer = setInterval(step, STEP);
+    if (withWebsockets) guarded(closeWebsockets)();
+    // After the loop has read what has arrived: on a busy machine a request may lie in the socket while its connection
+    // looks idle.
+    const look = () => setImmediate(step);
+    drain.timer = setInterval(look, STEP);
     drain.timer.unref();
-    step();
+    look();
   }
 
+  // Sessions of HTTP/2 have no such time, and get what HTTP/1 has by default; 0 means for ever.
   function keepAlive() {
-    return Math.max(0, ...alive().map((server) => server.keepAliveTimeout).filter(Number.isFinite)) + 1000;
+    const times = alive().map(({ keepAliveTimeout, updateSettings }) => keepAliveTimeout ?? (updateSettings ? 5000 : 1));
+    return Math.max(0, ...times.map((time) => (time > 0 ? time : Infinity))) + 1000;
   }
 
   // Says `Connection: close`, whatever the app says, and ends the connection after the response.
@@ -233,16 +258,14 @@ function install() {
     }
   }
 
-  // A client that is told at once not to open streams would lose the one that it is opening: first it is told that we
-  // go, and which streams count only when it must have seen that.
-  function endSession(session, now) {
-    const told = sessions.get(session);
-    if (session.destroyed || session.closed) return;
-    if (now >= drain.idleUntil || (told !== null && now >= told + NOTICE)) {
-      session.close();
-    } else if (told === null) {
-      sessions.set(session, now);
-      session.goaway(0, 0x7fffffff);
+  // GOAWAY, and the end when the last stream is answered. What a client sends while GOAWAY is on its way to it is not
+  // served, so as with HTTP/1 it comes before the answer to a request, while the client waits; or when time is over.
+  function endSessions(now) {
+    for (const [session, known] of sessions) {
+      const { streams, last, told } = known;
+      const waits = [...streams].some((stream) => !stream.writableEnded);
+      if (waits || now >= drain.idleUntil) goAway(session, known);
+      if (told && streams.size === 0 && now >= last + LEAVE) known.close();
     }
   }
 
@@ -277,7 +300,7 @@ function install() {
     const all = alive();
     let left = all.length;
     let open = 0;
-    for (const session of sessions.keys()) endSession(session, now);
+    endSessions(now);
     if (left === 0 || now >= current.leaveAt) finish(current);
     for (const server of all) {
       if (now >= current.idleUntil) closeIdle(server);
@@ -310,6 +333,14 @@ function install() {
     clearInterval(current.timer);
     current.timer = null;
     say({ cmd: 'NODE_PM_DRAINED' });
+    // A handler that only closes its servers leaves it to Node to exit when nothing is left to do; but the channel would
+    // keep a worker alive.
+    const look = setInterval(guarded(() => {
+      if (alive().some((server) => server.listening)) return;
+      clearInterval(look);
+      if (process.channel) process.channel.unref();
+    }), 50);
+    look.unref();
   }
 
   // ---- measuring --------------------------------------------------------------------------------------------------
@@ -328,7 +359,7 @@ function install() {
   function measure() {
     channel.start.subscribe(guarded(({ response }) => { response[START] = requestBegins(); }));
     channel.finish.subscribe(guarded(({ response }) => requestEnds(response[START])));
-    probe(performance.now(), requests);
+    probe(performance.now(), 20);
   }
 
   function requestBegins() {
@@ -337,17 +368,19 @@ function install() {
   }
 
   function requestEnds(start) {
-    if (start !== undefined) latency.add(performance.now() - start);
+    const now = performance.now();
+    if (start !== undefined) latency.add(now - start);
+    return now;
   }
 
   // How late a timer is: ten times a second while requests come or the loop is late, else once.
-  function probe(now, seen) {
-    const wait = requests !== seen || loop.latest > 5 ? 100 : 1000;
+  function probe(now, wait) {
     const before = requests;
     setTimeout(guarded(() => {
       const then = performance.now();
-      loop.add(Math.max(0, then - now - wait));
-      probe(then, before);
+      const late = Math.max(0, then - now - wait);
+      loop.add(late);
+      probe(then, requests !== before || late > 5 ? 100 : 1000);
     }), wait).unref();
   }
 
@@ -363,11 +396,9 @@ function install() {
       old = age < 30000 ? young : null;
       young = half();
     };
-    const own = {
-      latest: 0,
+    return {
       add(millis) {
         turn();
-        own.latest = millis;
         young.count += 1;
         young.classes[Math.min(191, Math.max(0, Math.round(Math.log2(millis * 100) * 8)))] += 1;
       },
@@ -384,7 +415,6 @@ function install() {
         return { rate: total / Math.max(1, seconds), quantiles };
       },
     };
-    return own;
   }
 
   function stats() {

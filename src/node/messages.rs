@@ -624,6 +624,8 @@ pub struct Drain {
     pub in_flight: InFlight,
     /// Close websockets with 1001, "going away", instead of leaving them.
     pub websockets: bool,
+    /// How long everything may take.
+    pub within: Duration,
 }
 
 /// Asks the preload to let the app's connections end.
@@ -638,9 +640,9 @@ pub fn agent_drain(drain: Drain) -> Vec<u8> {
         InFlight::Finish => "finish",
     };
     let patience = drain.patience.map_or_else(|| "null".to_owned(), |time| time.as_millis().to_string());
-    let websockets = drain.websockets;
+    let (websockets, within) = (drain.websockets, drain.within.as_millis());
     format!(
-        "{{\"cmd\":\"NODE_PM_DRAIN\",\"idle\":\"{idle}\",\"patience\":{patience},\"requests\":\"{requests}\",\"websockets\":{websockets}}}\n"
+        "{{\"cmd\":\"NODE_PM_DRAIN\",\"idle\":\"{idle}\",\"patience\":{patience},\"requests\":\"{requests}\",\"websockets\":{websockets},\"within\":{within}}}\n"
     )
     .into_bytes()
 }

@@ -220,7 +220,7 @@ impl Serialize for Monitor<'_> {
         };
         put("Used Heap Size", mebibytes(node.heap_used), "MiB", "internal/v8/heap/used")?;
         let usage = (count(node.heap_used) / count(node.heap_total.max(1)) * 10_000.0).round() / 100.0;
-        put("Heap Usage", usage.into(), "%", "internal/v8/heap/usage")?;
+        put("Heap Usage", plain(usage), "%", "internal/v8/heap/usage")?;
         put("Heap Size", mebibytes(node.heap_total), "MiB", "internal/v8/heap/total")?;
         put("External Memory", mebibytes(node.external), "MiB", "internal/v8/external")?;
         put("Array Buffers", mebibytes(node.array_buffers), "MiB", "internal/v8/arraybuffers")?;
@@ -234,7 +234,7 @@ impl Serialize for Monitor<'_> {
         put("Open connections", node.connections.into(), "", "internal/net/connections")?;
         if let Some(http) = &node.http {
             let per_minute = (http.per_second * 6_000.0).round() / 100.0;
-            put("HTTP", per_minute.into(), "req/min", "internal/http/builtin/reqs")?;
+            put("HTTP", plain(per_minute), "req/min", "internal/http/builtin/reqs")?;
             if let Some(latency) = http.latency {
                 // PM2 calls the median a mean.
                 put("HTTP Mean Latency", rounded(latency.p50), "ms", "internal/http/builtin/latency/p50")?;
@@ -257,7 +257,12 @@ fn decimals(number: f64) -> Value {
 }
 
 fn rounded(number: f64) -> Value {
-    ((number * 100.0).round() / 100.0).into()
+    plain((number * 100.0).round() / 100.0)
+}
+
+/// A number as JavaScript prints it.
+fn plain(number: f64) -> Value {
+    as_javascript(&number, serde_json::value::Serializer).unwrap_or_default()
 }
 
 /// How many options there are, about.

@@ -313,7 +313,7 @@ impl World {
             Action::AskKillListeners { id, signal } => {
                 self.dispatch(Command::AskKillListeners { id, signal })
             }
-            Action::Drain { id, idle, patience, in_flight, websockets, within: _ } => {
+            Action::Drain { id, idle, patience, in_flight, websockets, within } => {
                 let idle = match idle {
                     IdleConnections::Wait => Idle::Wait,
                     IdleConnections::Close => Idle::CloseNow,
@@ -322,7 +322,7 @@ impl World {
                     RequestsInFlight::Finish => InFlight::Finish,
                     RequestsInFlight::Leave => InFlight::Leave,
                 };
-                let drain = Drain { idle, patience, in_flight, websockets };
+                let drain = Drain { idle, patience, in_flight, websockets, within };
                 self.dispatch(Command::Drain { id, drain })
             }
             Action::Disconnect { id } => self.dispatch(Command::Disconnect { id }),

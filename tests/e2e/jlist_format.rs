@@ -115,9 +115,9 @@ fn steady(text: &str) -> String {
             out.push_str(": ");
             rest = after;
             let key = before.rsplit([' ', '{']).next().unwrap_or_default();
-            if ["cpu", "memory", "rss", "pss"].contains(&key) {
-                let number =
-                    rest.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.' || c == '-' || c == 'e');
+            // The agent's figures are a value each; PM2 has some of them as text.
+            if ["cpu", "memory", "rss", "pss", "value"].contains(&key) {
+                let number = rest.trim_start_matches(|c: char| c.is_ascii_digit() || ".-e'".contains(c));
                 if number.len() < rest.len() {
                     out.push('N');
                 }

@@ -8,6 +8,7 @@
     reason = "a test that cannot go on has failed, and says why"
 )]
 
+mod agent;
 mod bad_input;
 mod config_keys;
 mod crash;
@@ -16,6 +17,7 @@ mod daemon;
 mod env;
 mod harness;
 mod jlist_format;
+mod keepalive;
 mod languages;
 mod limits;
 mod logs;

@@ -182,6 +182,32 @@ fn requests_in_flight_are_finished_before_the_signal() {
     world.check("api", "0: stopped | stopped");
 }
 
+/// The signal is the end of an app that does not listen for it: its requests come first, up to kill_timeout. Another
+/// app's own handler knows what to do after the time that idle connections have.
+#[test]
+fn requests_of_an_app_without_a_handler_have_until_kill_timeout() {
+    for (listeners, drains, signalled) in [(0, 8_000, 8_000), (0, 30_000, 10_000), (1, 8_000, 8_000)] {
+        let mut world = World::new(1);
+        world.verbose = true;
+        let behaviour = Behaviour {
+            drains_after: Some(millis(drains)),
+            kill_listeners: Some(listeners),
+            ..Behaviour::default()
+        };
+        world.files.insert(name("api"), (1, behaviour));
+        world.start(spec("api", Like::NodeFork, 1));
+        world.run_for(secs(1));
+        world.act(Verb::Stop, "api");
+        world.run_for(millis(signalled - 100));
+        world.check("api", "0: stopping v1 | no reply");
+        world.run_for(millis(200));
+        world.check("api", "0: stopped | stopped");
+        let forced =
+            world.steps.iter().any(|(_, step)| matches!(step.kind, StepKind::Gone { killed: true, .. }));
+        assert_eq!(forced, drains > 10_000, "{listeners} {drains}");
+    }
+}
+
 #[test]
 fn app_that_ignores_its_signal_is_killed_after_kill_timeout() {
     let mut world = World::new(1);

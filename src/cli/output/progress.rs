@@ -183,6 +183,14 @@ impl Progress {
                     words::count(usize::try_from(app.slots).unwrap_or(usize::MAX), "instance")
                 ));
             }
+            let forced: Vec<u64> = self.of(&app.app).flat_map(Story::forced).collect();
+            if let Some(longest) = forced.iter().max() {
+                line.push_str(&format!(
+                    ", {} force-killed after {}",
+                    words::count(forced.len(), "worker"),
+                    words::millis(*longest)
+                ));
+            }
             if let Some(gap) = self.of(&app.app).filter_map(Story::downtime).max() {
                 line.push_str(&format!(", downtime {}", words::span(gap)));
             }
@@ -271,6 +279,15 @@ impl Story {
             }
             StepKind::Failed { reason } => format!("failed: {reason}"),
         }
+    }
+
+    /// How long those runs took that had to be ended by force, milliseconds.
+    fn forced(&self) -> impl Iterator<Item = u64> {
+        self.runs
+            .values()
+            .filter_map(|run| run.gone.as_ref())
+            .filter(|gone| gone.killed)
+            .map(|gone| gone.after_ms)
     }
 
     /// How long nothing served: from the old run's last request to the new one's readiness, where they did not

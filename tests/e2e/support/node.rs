@@ -40,6 +40,14 @@ impl Node {
     pub(crate) fn other() -> Self {
         all_fetched().into_iter().next().expect("no second Node; tests/run.sh fetches one")
     }
+
+    /// Those that `PM_TEST_NODES` names (paths with colons between); without it the other fetched one.
+    pub(crate) fn others() -> Vec<Self> {
+        let named = std::env::var("PM_TEST_NODES").unwrap_or_default();
+        let named: Vec<Self> =
+            named.split(':').filter(|path| !path.is_empty()).map(|path| Self::at(Path::new(path))).collect();
+        if named.is_empty() { vec![Self::other()] } else { named }
+    }
 }
 
 fn all_fetched() -> Vec<Node> {
