@@ -237,6 +237,33 @@ fn forgotten_files_rule(root: &str, entries: &[&str], files: &BTreeMap<String, S
     found
 }
 
+/// The pains of other process managers that must have tests named after them (`docs/pains.md`).
+fn pains() -> impl Iterator<Item = u32> {
+    (1..=10).chain(28..=33)
+}
+
+/// Which pains no test of these files is named after, and which the page does not list.
+fn pains_rule(tests: &BTreeMap<String, String>, page: &str) -> Vec<String> {
+    let code: Vec<String> = tests.values().map(|text| code_only(text)).collect();
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let has_test = |number: u32| {
+        let prefix = format!("pain_{number:02}_");
+        code.iter().any(|text| {
+            text.match_indices(&prefix).any(|(at, _)| {
+                let name = text[at..].split(|c| !is_name(c)).next().unwrap_or_default();
+                // A function, or the name that a macro makes one of.
+                text[..at].ends_with("fn ") || text[at + name.len()..].starts_with(':')
+            })
+        })
+    };
+    let untested = pains().filter(|number| !has_test(*number));
+    let unlisted = pains().filter(|number| !page.contains(&format!("| {number} |")));
+    untested
+        .map(|number| format!("tests/:0: no test is named `pain_{number:02}_…`"))
+        .chain(unlisted.map(|number| format!("docs/pains.md:0: does not list pain {number}")))
+        .collect()
+}
+
 // Reading Rust, roughly. ------------------------------------------------------------------------------------------
 
 /// The text with comments and the contents of strings and chars blanked; every newline stays where it was.
@@ -407,6 +434,22 @@ fn finds(complaints: &[String], place: &str) {
 #[test]
 fn layers_import_only_what_their_row_allows() {
     check(&rust_files("src"), layer_rule);
+}
+
+#[test]
+fn every_pain_has_a_test_that_is_named_after_it() {
+    let page = std::fs::read_to_string(repository().join("docs/pains.md")).unwrap();
+    let missing = pains_rule(&rust_files("tests"), &page);
+    assert!(missing.is_empty(), "\n{}\n", missing.join("\n"));
+}
+
+#[test]
+fn control_a_pain_without_a_test_or_a_line_is_named() {
+    let file = |text: &str| BTreeMap::from([("tests/a.rs".to_owned(), text.to_owned())]);
+    let complaints = pains_rule(&file("fn pain_01_a() {}\npain_02_b: C;\n// fn pain_03_c()"), "| 1 | x |");
+    let has = |part: &str| complaints.iter().any(|complaint| format!("{complaint}\"").contains(part));
+    assert!(!has("`pain_01_") && !has("`pain_02_") && has("`pain_03_") && has("`pain_33_"), "{complaints:?}");
+    assert!(!has("list pain 1\"") && has("list pain 28"), "{complaints:?}");
 }
 
 #[test]

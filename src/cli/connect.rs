@@ -3,6 +3,7 @@
 //! Every wait has an end. Starting is guarded by a lock: of a hundred commands on a cold home one starts the daemon
 //! and the others find it. Only `start`, `resurrect`, and `restart`/`reload` with a config file start one.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
@@ -17,8 +18,8 @@ use nix::poll::{PollTimeout, poll};
 use super::error::CliError;
 use crate::ipc::client::{Connection, Ended, Heard, Listen, new_op};
 use crate::ipc::codec::CodecError;
-use crate::ipc::protocol::{Answer, OperationView, Refused, Request, Verb};
-use crate::model::id::OpId;
+use crate::ipc::protocol::{Answer, AppResult, NOT_BEGUN, OperationView, Refused, Request, Verb};
+use crate::model::id::{AppName, OpId};
 use crate::store::paths::Home;
 
 /// How long a daemon may take from its start to its socket. Generous: a hundred commands may start at once.
@@ -26,6 +27,8 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the outcome of an operation is sought after the connection is lost: the keeper starts the next supervisor
 /// well within it.
 const OUTCOME_PATIENCE: Duration = Duration::from_secs(10);
+/// A connection that lasted so long was to a supervisor that worked.
+const STEADY: Duration = Duration::from_secs(2);
 /// How often a change is asked for of supervisors that die before they have begun it.
 const ATTEMPTS: u32 = 3;
 /// How long the daemon may take to end after it has said that everything is stopped.
@@ -188,17 +191,35 @@ impl Session {
         request: Request,
         mut hear: impl FnMut(Heard) -> Listen,
     ) -> Result<Outcome, CliError> {
-        let op = new_op();
+        let mut op = new_op();
         let mut again = again(&request);
-        let kept = request.clone();
+        let mut kept = request.clone();
+        let mut done: Option<OperationView> = None;
         let mut attempts = 1;
         let mut ended = self.connection.call(op, request, &mut hear);
         let mut deadline = None;
+        let mut connected = Instant::now();
         loop {
             match ended {
                 Ok(Ended::Answer(answer)) => {
                     match *answer {
-                        Answer::Operation(view) => return Ok(Outcome::Done(view)),
+                        Answer::Operation(view) => {
+                            let view = match done.take() {
+                                Some(before) => completed(before, view),
+                                None => view,
+                            };
+                            match rest(&kept, &view) {
+                                // Of a reload of many apps the supervisor before this one had not come to all.
+                                Some(request) if attempts < ATTEMPTS => {
+                                    attempts += 1;
+                                    deadline = None;
+                                    (op, kept, done) = (new_op(), request, Some(view));
+                                    ended = self.connection.call(op, kept.clone(), &mut hear);
+                                    continue;
+                                }
+                                Some(_) | None => return Ok(Outcome::Done(view)),
+                            }
+                        }
                         // The supervisor before this one died before it had read the request. A request that each of
                         // them dies of is not to be theirs for ever.
                         Answer::NeverBegun if attempts < ATTEMPTS => {
@@ -219,7 +240,11 @@ impl Session {
                     }
                     None => return Err(self.unknown(&refused)),
                 },
-                Ok(Ended::Refused(refused)) => return Err(CliError::Refused(refused)),
+                // What is left of it cannot be done any more; the rest has been.
+                Ok(Ended::Refused(refused)) => match done {
+                    Some(view) => return Ok(Outcome::Done(view)),
+                    None => return Err(CliError::Refused(refused)),
+                },
                 Ok(Ended::Left) => {
                     // On this connection the next answer would come after the operation's.
                     self.reconnect(Instant::now() + OUTCOME_PATIENCE)?;
@@ -228,8 +253,15 @@ impl Session {
                 Err(CodecError::Closed) => {}
                 Err(error) => return Err(self.failed(error)),
             }
-            let deadline = *deadline.get_or_insert_with(|| Instant::now() + OUTCOME_PATIENCE);
+            let now = Instant::now();
+            // Each supervisor that has lived for a while is worth waiting for its successor; a long operation may outlive
+            // several.
+            if now.duration_since(connected) >= STEADY {
+                deadline = None;
+            }
+            let deadline = *deadline.get_or_insert(now + OUTCOME_PATIENCE);
             self.reconnect(deadline)?;
+            connected = Instant::now();
             ended = self.outcome(op, &mut hear);
         }
     }
@@ -303,6 +335,39 @@ fn again(request: &Request) -> Option<Request> {
         }),
         _ => None,
     }
+}
+
+/// The request for those apps that nobody has begun with.
+fn rest(request: &Request, view: &OperationView) -> Option<Request> {
+    let Request::Act { verb: Verb::Reload, targets, specs, shell, update_env } = request else { return None };
+    // A single instance cannot be asked for by the name of its app.
+    if targets.iter().any(|target| target.parse::<u32>().is_ok()) {
+        return None;
+    }
+    let left: Vec<&AppName> =
+        view.apps.iter().filter(|app| app.result == NOT_BEGUN).map(|app| &app.app).collect();
+    (!left.is_empty()).then(|| Request::Act {
+        verb: Verb::Reload,
+        targets: left.iter().map(ToString::to_string).collect(),
+        specs: specs.iter().filter(|spec| left.contains(&&spec.name)).cloned().collect(),
+        shell: shell.clone(),
+        update_env: *update_env,
+    })
+}
+
+/// What became of all apps, when those that nobody had begun with were asked for once more.
+fn completed(before: OperationView, later: OperationView) -> OperationView {
+    let mut later: BTreeMap<AppName, AppResult> =
+        later.apps.into_iter().map(|result| (result.app.clone(), result)).collect();
+    let apps: Vec<AppResult> =
+        before
+            .apps
+            .into_iter()
+            .map(|result| {
+                if result.result == NOT_BEGUN { later.remove(&result.app).unwrap_or(result) } else { result }
+            })
+            .collect();
+    OperationView { ok: apps.iter().all(|app| app.ok), apps }
 }
 
 /// Waits a moment. For conditions of other processes that send no news; every loop around it has a deadline.

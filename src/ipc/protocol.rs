@@ -285,6 +285,9 @@ pub struct OperationView {
     pub apps: Vec<AppResult>,
 }
 
+/// The result of an app that a reload of many had not come to when its supervisor ended: asking for it again does it once.
+pub const NOT_BEGUN: &str = "not begun";
+
 /// How an operation ended for one app.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppResult {

@@ -65,6 +65,10 @@ impl App {
         let verdict = verdict(self.operation.as_ref().map(|operation| operation.kind), ask, release);
         match (&self.next, verdict) {
             (Some((waiting, _)), Verdict::Queue) if merged(waiting, ask).is_none() => Verdict::Busy,
+            // Nothing of it serves yet: after a crash of the whole daemon a reload is finished from the beginning.
+            (_, Verdict::Already) if matches!(ask, Ask::StartSpec { .. }) && self.serving() == 0 => {
+                Verdict::Join
+            }
             _ => verdict,
         }
     }

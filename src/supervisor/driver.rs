@@ -644,7 +644,14 @@ impl Driver {
             return Err(usage("scale takes one app", Some("Name one of them.")));
         };
         let app = selected.app.clone();
-        let now = self.fleet.app(&app).map_or(0, |view| view.spec.instances);
+        let view = self.fleet.app(&app);
+        // What it comes to would depend on how far the other one is; two of "one more" at once would be one more.
+        if let (ScaleTo::Up(_) | ScaleTo::Down(_), Some(operation)) =
+            (&to, view.as_ref().and_then(|view| view.operation))
+        {
+            return Err(refused(&Refusal::Busy { app, operation }));
+        }
+        let now = view.map_or(0, |view| view.spec.instances);
         let instances = match to {
             ScaleTo::To(number) => number,
             ScaleTo::Up(more) => now.saturating_add(more),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::handle::Replies;
 use super::recovery::{Aim, OperationMemo};
 use crate::ipc::protocol::{Answer, OperationView, Refused, Reply};
-use crate::model::id::OpId;
+use crate::model::id::{AppName, OpId};
 use crate::model::moment::Moment;
 use crate::model::saved::SavedFleet;
 use crate::policy::fleet::Fleet;
@@ -58,12 +58,17 @@ struct UnderWay {
     memo: Option<OperationMemo>,
     /// An earlier supervisor was asked: the fleet finishes or undoes it, but does not reply.
     inherited: bool,
+    /// What that one had not come to.
+    not_begun: Vec<AppName>,
 }
 
 /// What the next supervisor has to know of operations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OperationsMemo {
     under_way: Vec<OperationMemo>,
+    /// What an earlier supervisor had not come to in some of them. Judged once: what began and was undone is no more to
+    /// be told from it later.
+    not_begun: Vec<(OpId, Vec<AppName>)>,
     /// With the outcome as JSON: the protocol's types are made for that.
     ended: Vec<(OpId, Moment, Vec<u8>)>,
 }
@@ -83,7 +88,8 @@ impl Operations {
     /// Takes over what an earlier supervisor was asked; `None` when that is lost, or there was none. Returns the
     /// operations that have to be asked for again.
     pub fn adopt(&mut self, memo: Option<OperationsMemo>, saved: &SavedFleet) -> Vec<OpId> {
-        let Some(OperationsMemo { under_way, ended }) = memo else { return Vec::new() };
+        let Some(OperationsMemo { under_way, not_begun, ended }) = memo else { return Vec::new() };
+        let mut judged: BTreeMap<OpId, Vec<AppName>> = not_begun.into_iter().collect();
         self.complete = true;
         let outcome = |(op, at, text): (OpId, Moment, Vec<u8>)| {
             let ended = serde_json::from_slice::<Ended>(&text).ok()?;
@@ -95,11 +101,14 @@ impl Operations {
             if memo.aim == Aim::Kill {
                 again.push(memo.op);
             }
-            let operation =
-                UnderWay { clients: Vec::new(), inherited: memo.aim != Aim::Kill, memo: Some(memo) };
-            if let Some(memo) = &operation.memo {
-                self.under_way.insert(memo.op, operation);
-            }
+            let op = memo.op;
+            let operation = UnderWay {
+                clients: Vec::new(),
+                inherited: memo.aim != Aim::Kill,
+                not_begun: judged.remove(&op).unwrap_or_else(|| memo.not_begun(saved)),
+                memo: Some(memo),
+            };
+            self.under_way.insert(op, operation);
         }
         again
     }
@@ -109,6 +118,12 @@ impl Operations {
     pub fn memo(&self, now: Moment) -> OperationsMemo {
         OperationsMemo {
             under_way: self.under_way.values().filter_map(|operation| operation.memo.clone()).collect(),
+            not_begun: self
+                .under_way
+                .iter()
+                .filter(|(_, operation)| operation.inherited)
+                .map(|(op, operation)| (*op, operation.not_begun.clone()))
+                .collect(),
             ended: self
                 .ended
                 .iter()
@@ -177,6 +192,10 @@ impl Operations {
     /// The operation has ended.
     pub fn end(&mut self, now: Moment, op: OpId, ended: Ended) {
         let operation = self.under_way.remove(&op).unwrap_or_default();
+        let mut ended = ended;
+        if let Ok(view) = &mut ended {
+            mark_not_begun(view, &operation.not_begun);
+        }
         for client in operation.clients {
             let _ = client.send(reply(ended.clone()));
         }
@@ -186,6 +205,17 @@ impl Operations {
             apps -= self.ended.pop_front().map_or(0, |past| size(&past.ended));
         }
         self.changes += 1;
+    }
+}
+
+/// What nobody has begun has not failed.
+fn mark_not_begun(view: &mut OperationView, not_begun: &[AppName]) {
+    for result in view.apps.iter_mut().filter(|result| !result.ok && not_begun.contains(&result.app)) {
+        crate::ipc::protocol::NOT_BEGUN.clone_into(&mut result.result);
+        if let Some(failure) = &mut result.failure {
+            "the supervisor was started again before its turn came".clone_into(&mut failure.cause);
+            failure.hint = Some(format!("`pm reload {}` does it now.", result.app));
+        }
     }
 }
 
@@ -205,7 +235,6 @@ mod tests {
     use tokio::sync::mpsc::unbounded_channel;
 
     use super::*;
-    use crate::model::id::AppName;
     use crate::supervisor::recovery::AppAim;
 
     const OP: OpId = OpId(7);

@@ -135,6 +135,15 @@ impl OperationMemo {
         }
     }
 
+    /// The apps that it was to come to, and had not: those of a reload of many, which goes a few at a time. Nobody
+    /// remembers to begin with them.
+    #[must_use]
+    pub fn not_begun(&self, saved: &SavedFleet) -> Vec<AppName> {
+        let Aim::Apps(aims) = &self.aim else { return Vec::new() };
+        let left = aims.iter().filter(|aim| aim.what == Past::Reloaded && !aim.has_begun(saved));
+        left.map(|aim| aim.app.clone()).collect()
+    }
+
     /// How it ended; `None` while an app of it has not come to rest.
     #[must_use]
     pub fn ended(&self, fleet: &Fleet, saved: &SavedFleet) -> Option<OperationView> {

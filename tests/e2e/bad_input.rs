@@ -171,7 +171,7 @@ fn two_apps_of_one_name_or_one_address_are_an_error() {
 }
 
 #[test]
-fn a_port_in_use_fails_the_start_and_the_message_names_who_holds_it() {
+fn pain_10_a_port_in_use_fails_the_start_and_the_message_names_who_holds_it() {
     let (home, _) = with_bystander();
     let port = free_port();
     let holder = genuine::port_holder(&home, port);

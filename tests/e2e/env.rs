@@ -95,7 +95,7 @@ fn restart_by_name_keeps_the_shell_of_the_first_start_unless_told_otherwise() {
 }
 
 #[test]
-fn env_file_is_read_anew_at_each_spawn() {
+fn pain_28_env_file_is_read_anew_at_each_spawn() {
     let home = Home::new();
     home.write("vars.env", "A=1\nOLD=1\n");
     home.start(&format!("{SLEEPER}env_file = 'vars.env'\n"));

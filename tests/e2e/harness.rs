@@ -4,6 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::Command;
 
+use super::support::census::Census;
 use super::support::genuine::Helper;
 use super::support::load::{self, Connections, Failure, Load};
 use super::support::node::Node;
@@ -91,4 +92,33 @@ fn processes_of_a_home_are_found_by_their_mark() {
         let found = home.processes();
         if found.is_empty() { Ok(()) } else { Err(found) }
     });
+}
+
+#[test]
+fn the_census_finds_processes_without_a_row_rows_without_a_process_and_open_ports() {
+    let home = Home::new();
+    let port = free_port();
+    home.start(&format!(
+        "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\nexec_mode = 'cluster'\ninstances = 1\n\
+         listen = ['127.0.0.1:{port}']\nmin_uptime = '50ms'\n"
+    ));
+    let census = Census::balances(&home);
+    assert_eq!(census.ports, [port].into());
+    let mut rows = home.rows();
+    // A process that says it is an instance of an earlier generation, as a leak would.
+    let mut ghost = Command::new("sleep");
+    home.environment(&mut ghost);
+    ghost.arg("1000").env("PM_INSTANCE", "job:0:7:beef");
+    let ghost = Helper::start(ghost);
+    let wrong = Census::take(&home).complaints(&rows);
+    assert_eq!(wrong.len(), 1, "{wrong:?}");
+    assert!(wrong[0].contains("job:0:7"), "{wrong:?}");
+    drop(ghost);
+    assert!(Census::take(&home).complaints(&rows).is_empty());
+    rows[0].pid += 1;
+    assert_eq!(
+        Census::take(&home).complaints(&rows).len(),
+        2,
+        "a wrong pid: no such process, and one without a row"
+    );
 }

@@ -129,7 +129,7 @@ fn last_words_are_captured_however_the_app_ends() {
 }
 
 #[test]
-fn what_a_handler_says_while_stopping_is_in_the_log() {
+fn pain_09_what_a_handler_says_while_stopping_is_in_the_log() {
     let home = Home::new();
     home.write(
         "app.js",

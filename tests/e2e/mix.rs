@@ -25,7 +25,7 @@ mod rng;
 use rng::Rng;
 
 /// Steps of the short run that is part of the suite.
-const STEPS: u64 = 27;
+const STEPS: u64 = 18;
 
 /// Steps between two points of rest.
 const BURST: u64 = 9;
@@ -50,7 +50,7 @@ struct Mix {
     story: String,
     started: Instant,
     commands: u64,
-    /// The supervisor that was last killed, and when.
+    /// When keeper or supervisor was last killed.
     murdered: Instant,
 }
 
@@ -137,8 +137,9 @@ impl Mix {
     fn hurt(&mut self) {
         match self.rng.below(4) {
             0 if Instant::now().duration_since(self.murdered) > Duration::from_secs(3) => {
-                self.note("the supervisor is killed");
-                process::end(self.home.supervisor());
+                let keeper = self.rng.chance(30);
+                self.note(if keeper { "the keeper is killed" } else { "the supervisor is killed" });
+                process::end(if keeper { self.home.keeper() } else { self.home.supervisor() });
                 self.murdered = Instant::now();
             }
             0 | 1 => {
@@ -306,5 +307,6 @@ fn pain_04_after_any_mix_of_commands_and_deaths_processes_are_rows_and_no_reques
     if number("PM_MIX_STORY").is_some() {
         eprintln!("{}", mix.story);
     }
-    assert_eq!(after, before, "descriptors");
+    // A keeper that has taken over from another one may need fewer.
+    assert!(after.0 <= before.0 && after.1 <= before.1, "descriptors: {before:?} before, {after:?} after");
 }

@@ -270,7 +270,7 @@ fn udp_datagrams_are_answered_as_under_a_genuine_primary() {
 }
 
 #[test]
-fn unix_paths_are_served_as_under_a_genuine_primary_and_over_reloads() {
+fn pain_10_unix_paths_are_served_as_under_a_genuine_primary_and_over_reloads() {
     for balance in ["round-robin", "shared"] {
         let home = Home::new();
         let node = Node::installed();
@@ -341,7 +341,7 @@ fn worker_ids_are_unique_over_reloads() {
 }
 
 #[test]
-fn connections_wait_while_the_only_worker_restarts() {
+fn pain_07_connections_wait_while_the_only_worker_restarts() {
     let home = Home::new();
     let port = free_port();
     home.start(&format!(

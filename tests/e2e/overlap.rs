@@ -325,6 +325,48 @@ fn sigterm_of_the_daemon_during_a_reload_ends_everything_and_the_next_daemon_bri
     }
 }
 
+#[test]
+fn a_keeper_that_is_killed_in_a_reload_is_followed_by_one_that_goes_on_with_it() {
+    let web = Gated::start("");
+    let reload = web.reload_at_the_gate();
+    let before = (web.home.pids("web"), web.last("boot"));
+    process::end(web.home.keeper());
+    wait_until("another daemon knows of the reload", PATIENT, || {
+        let run = web.home.pm(&["scale", "web", "3"]);
+        if run.code == 5 { Ok(()) } else { Err(run) }
+    });
+    assert_eq!((web.home.pids("web"), web.last("boot")), before, "nobody was ended, nothing was started");
+    web.serves("v1");
+    web.open("v2");
+    ends(reload, 0).says("reloaded");
+    assert_eq!(web.count("boot", "v2"), 2, "{}", web.home.read("life"));
+    web.serves("v2");
+    web.balanced();
+}
+
+#[test]
+fn a_daemon_that_is_killed_as_a_whole_in_a_reload_is_followed_by_one_that_finishes_it_and_nothing_runs_twice()
+{
+    let web = Gated::start("");
+    let reload = web.reload_at_the_gate();
+    let (keeper, supervisor) = (web.home.keeper(), web.home.supervisor());
+    // The other order would start another supervisor, or another keeper.
+    process::signal(keeper, Signal::SIGSTOP);
+    process::end(supervisor);
+    process::end(keeper);
+    // The workers of a cluster end with their channels. A start waits for what the next daemon has begun by itself: nothing serves yet.
+    let mut start = web.begin(&["start", "ecosystem.toml"]);
+    web.wait_for("boot", "v2", 3);
+    // What this daemon remembered is gone with it.
+    ends(reload, 1);
+    stays("it waits", millis(200), || if start.is_done() { Err("already running") } else { Ok(()) });
+    web.open("v2");
+    ends(start, 0);
+    web.serves("v2");
+    assert_eq!(web.count("boot", "v2"), 3, "one before, two after: {}", web.home.read("life"));
+    web.balanced();
+}
+
 // Deaths. ---------------------------------------------------------------------------------------------------------
 
 #[test]
@@ -400,12 +442,39 @@ fn a_supervisor_that_is_killed_at_the_gate_or_while_draining_finishes_the_reload
 }
 
 #[test]
+fn a_reload_of_many_apps_comes_to_all_of_them_although_the_supervisor_is_killed_on_the_way() {
+    let home = Home::new();
+    let app = |n: u32| {
+        format!("[[apps]]\nname = 'app{n}'\nscript = 'sleep'\nargs = ['100{n}']\nmin_uptime = '400ms'\n")
+    };
+    home.start(&(0..6).map(app).collect::<String>());
+    let before: Vec<i32> = home.rows().iter().map(|row| row.pid).collect();
+    let reload = Running::start(home.command(&["reload", "all"]), b"");
+    // Two at a time: the others have not been begun with.
+    wait_until("it is under way", PATIENT, || {
+        let left = before.iter().filter(|pid| process::alive(**pid)).count();
+        if left == 4 { Ok(()) } else { Err(left) }
+    });
+    process::end(home.supervisor());
+    let run = ends(reload, 0);
+    (0..6).for_each(|n| {
+        run.says(&format!("app{n}: reloaded"));
+    });
+    let rows = home.rows();
+    assert!(rows.iter().all(|row| !before.contains(&row.pid) && row.restarts == 1), "each once: {rows:#?}");
+    Census::balances(&home);
+}
+
+#[test]
 fn a_command_that_is_killed_or_interrupted_leaves_its_reload_going_on_and_the_result_can_be_asked_for() {
     for signal in [Signal::SIGKILL, Signal::SIGINT] {
         let web = Gated::start("");
         let reload = web.reload_at_the_gate();
         process::signal(reload.pid(), signal);
         let run = reload.end(SOON);
+        if signal == Signal::SIGINT {
+            run.says("goes on");
+        }
         assert_eq!(run.code, if signal == Signal::SIGINT { 130 } else { -9 }, "{run:?}");
         web.home.exits(5, &["scale", "web", "3"]).says("a reload of `web` is going on");
         // What the next command in line gets is not the outcome of the first one.
@@ -499,6 +568,8 @@ fn scale_up_and_down_overtaken_by_stop_leave_the_number_that_was_asked_for_and_n
     let up = web.begin(&["scale", "web", "4"]);
     web.wait_for("boot", "v2", 2);
     web.home.exits(5, &["scale", "web", "3"]).says("a scale of `web` is going on");
+    // The same number joins; one more than the number on its way would be anybody's guess.
+    web.home.exits(5, &["scale", "web", "+2"]).says("a scale of `web` is going on");
     web.home.ok(&["stop", "web"]);
     ends(up, 1).says("superseded");
     assert_eq!(web.home.statuses("web"), ["stopped"; 4]);

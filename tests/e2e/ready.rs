@@ -29,29 +29,6 @@ fn ready_over_the_ipc_channel_of_a_fork_mode_app() {
 }
 
 #[test]
-fn ready_as_the_very_first_statement_is_not_missed() {
-    let home = Home::new();
-    for _ in 0..5 {
-        starts_within(&home, "app.js", "process.send('ready');\nsetInterval(() => {}, 1e6);\n", "");
-        home.ok(&["delete", "app"]);
-    }
-}
-
-#[test]
-fn ready_as_the_very_first_statement_of_a_cluster_worker_is_not_missed() {
-    let home = Home::new();
-    for _ in 0..5 {
-        starts_within(
-            &home,
-            "app.js",
-            "process.send('ready');\nsetInterval(() => {}, 1e6);\n",
-            "exec_mode = 'cluster'\ninstances = 2",
-        );
-        home.ok(&["delete", "app"]);
-    }
-}
-
-#[test]
 fn ready_as_a_line_on_the_channel_from_any_language() {
     let home = Home::new();
     starts_within(

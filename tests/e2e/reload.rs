@@ -154,8 +154,8 @@ ten_reloads! {
     ten_reloads_lose_nothing_shell_chain_on_inherited_listener: Chain, "", installed, OnePerRequest;
     ten_reloads_lose_nothing_shell_chain_on_inherited_listener_on_another_node: Chain, "", other, OnePerRequest;
     ten_reloads_lose_nothing_python_on_inherited_listener: Python, "", installed, OnePerRequest;
-    ten_reloads_reset_no_keep_alive_connection_textbook_round_robin: Textbook, "round-robin", installed, KeepAlive;
-    ten_reloads_reset_no_keep_alive_connection_without_handler_shared: Plain, "shared", installed, KeepAlive;
+    pain_03_ten_reloads_reset_no_keep_alive_connection_textbook_round_robin: Textbook, "round-robin", installed, KeepAlive;
+    pain_03_ten_reloads_reset_no_keep_alive_connection_without_handler_shared: Plain, "shared", installed, KeepAlive;
 }
 
 #[test]
@@ -234,32 +234,32 @@ fn a_bad_release_changes_nothing(balance: &str, bad: &str, last_words: &str) {
 }
 
 #[test]
-fn a_release_that_throws_at_boot_changes_nothing_round_robin() {
+fn pain_01_a_release_that_throws_at_boot_changes_nothing_round_robin() {
     a_bad_release_changes_nothing("round-robin", THROWS, "boot failure: no database");
 }
 
 #[test]
-fn a_release_that_throws_at_boot_changes_nothing_shared() {
+fn pain_01_a_release_that_throws_at_boot_changes_nothing_shared() {
     a_bad_release_changes_nothing("shared", THROWS, "boot failure: no database");
 }
 
 #[test]
-fn a_release_that_hangs_changes_nothing_round_robin() {
+fn pain_01_a_release_that_hangs_changes_nothing_round_robin() {
     a_bad_release_changes_nothing("round-robin", HANGS, "waiting for the database");
 }
 
 #[test]
-fn a_release_that_hangs_changes_nothing_shared() {
+fn pain_01_a_release_that_hangs_changes_nothing_shared() {
     a_bad_release_changes_nothing("shared", HANGS, "waiting for the database");
 }
 
 #[test]
-fn a_release_that_never_gets_ready_changes_nothing_round_robin() {
+fn pain_01_a_release_that_never_gets_ready_changes_nothing_round_robin() {
     a_bad_release_changes_nothing("round-robin", &never_ready(), "connected, not ready");
 }
 
 #[test]
-fn a_release_that_never_gets_ready_changes_nothing_shared() {
+fn pain_01_a_release_that_never_gets_ready_changes_nothing_shared() {
     a_bad_release_changes_nothing("shared", &never_ready(), "connected, not ready");
 }
 
@@ -322,7 +322,7 @@ fn reload_takes_as_long_as_booting_takes_not_as_long_as_its_timeout() {
 }
 
 #[test]
-fn a_single_instance_is_replaced_before_it_is_stopped() {
+fn pain_05_a_single_instance_is_replaced_before_it_is_stopped() {
     let home = Home::new();
     let port = free_port();
     home.start(&slow_boot(&home, port, "instances = 1"));
@@ -334,7 +334,7 @@ fn a_single_instance_is_replaced_before_it_is_stopped() {
 }
 
 #[test]
-fn max_surge_is_the_number_of_instances_that_boot_at_once() {
+fn pain_05_max_surge_is_the_number_of_instances_that_boot_at_once() {
     let home = Home::new();
     let port = free_port();
     home.start(&slow_boot(&home, port, "instances = 4\nmax_surge = 2"));
@@ -345,7 +345,7 @@ fn max_surge_is_the_number_of_instances_that_boot_at_once() {
 }
 
 #[test]
-fn max_unavailable_without_surge_stops_an_instance_before_its_successor_starts() {
+fn pain_05_max_unavailable_without_surge_stops_an_instance_before_its_successor_starts() {
     let home = Home::new();
     let port = free_port();
     home.start(&slow_boot(&home, port, "instances = 2\nmax_surge = 0\nmax_unavailable = 1"));
@@ -387,7 +387,7 @@ fn reload_of_a_stopped_app_starts_it() {
 }
 
 #[test]
-fn reload_all_goes_on_after_a_failure_and_exits_1() {
+fn pain_31_reload_all_goes_on_after_a_failure_and_exits_1() {
     let home = Home::new();
     let port = free_port();
     home.write("app.js", &good("v1"));
@@ -424,42 +424,7 @@ fn a_reload_that_is_overtaken_by_stop_ends_as_superseded() {
 }
 
 #[test]
-fn scale_during_a_reload_is_refused_with_exit_code_5_and_other_apps_are_not_held_up() {
-    let home = Home::new();
-    let port = free_port();
-    home.start(&slow_boot(&home, port, "instances = 2").replace("'300'", "'2000'"));
-    home.ok(&["start", "sleep", "--name", "other", "--", "1000"]);
-    home.write("life", "");
-    let reload = super::support::home::Running::start(home.command(&["reload", "web"]), b"");
-    home.file_with("life", "boot");
-    home.exits(5, &["scale", "web", "3"]);
-    let other = home.ok(&["restart", "other"]);
-    assert!(other.took < millis(1500), "{other:?}");
-    let reload = reload.end(PATIENT);
-    assert_eq!(reload.code, 0, "{reload:?}");
-}
-
-#[test]
-fn reloads_asked_for_during_a_reload_share_one_that_follows() {
-    let home = Home::new();
-    let port = free_port();
-    home.start(&slow_boot(&home, port, "instances = 1").replace("'300'", "'1000'"));
-    home.write("life", "");
-    let first = super::support::home::Running::start(home.command(&["reload", "web"]), b"");
-    home.file_with("life", "boot");
-    let others: Vec<_> =
-        (0..3).map(|_| super::support::home::Running::start(home.command(&["reload", "web"]), b"")).collect();
-    assert_eq!(first.end(PATIENT).code, 0);
-    for other in others {
-        let run = other.end(PATIENT);
-        assert_eq!(run.code, 0, "{run:?}");
-    }
-    let boots = home.read("life").lines().filter(|line| line.starts_with("boot")).count();
-    assert_eq!(boots, 2, "one running, one queued, the rest joined: {}", home.read("life"));
-}
-
-#[test]
-fn an_instance_that_does_not_drain_in_time_is_killed_and_the_reload_says_so() {
+fn pain_08_an_instance_that_does_not_drain_in_time_is_killed_and_the_reload_says_so() {
     let home = Home::new();
     let port = free_port();
     home.write(
@@ -502,7 +467,7 @@ fn reload_by_name_keeps_every_setting_of_the_app() {
 }
 
 #[test]
-fn reload_of_a_file_applies_changed_and_removed_environment() {
+fn pain_28_reload_of_a_file_applies_changed_and_removed_environment() {
     let home = Home::new();
     let port = free_port();
     let config = |env: &str| {
@@ -523,7 +488,7 @@ fn reload_of_a_file_applies_changed_and_removed_environment() {
 }
 
 #[test]
-fn a_symlinked_release_is_followed_at_each_reload() {
+fn pain_30_a_symlinked_release_is_followed_at_each_reload() {
     let home = Home::new();
     let port = free_port();
     for version in ["1", "2"] {
@@ -574,7 +539,7 @@ fn generations_count_up_and_slots_keep_their_number() {
 }
 
 #[test]
-fn reload_prints_json_lines_for_programs_and_plain_lines_in_a_pipe() {
+fn pain_31_reload_prints_json_lines_for_programs_and_plain_lines_in_a_pipe() {
     let home = Home::new();
     let port = free_port();
     home.start(&format!(

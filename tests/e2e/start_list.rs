@@ -245,7 +245,7 @@ fn describe_shows_the_facts_of_an_app() {
 }
 
 #[test]
-fn no_wait_returns_before_the_app_is_ready() {
+fn pain_31_no_wait_returns_before_the_app_is_ready() {
     let home = Home::new();
     home.write("app.js", "setTimeout(() => process.send('ready'), 1500);\nsetInterval(() => {}, 1000);\n");
     home.ecosystem("[[apps]]\nname = 'job'\nscript = 'app.js'\nwait_ready = true\n");

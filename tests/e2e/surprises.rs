@@ -1,8 +1,5 @@
 //! What people do not expect of a process manager, and ran into with this one or another.
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
 use super::support::home::Running;
 use super::support::load::{self, Failure};
 use super::support::{Home, PATIENT, SOON, free_port, process, wait_until};
@@ -98,27 +95,6 @@ fn a_script_of_the_same_name_elsewhere_does_not_take_the_place_of_an_app() {
     assert_eq!(home.pids("app"), before);
     home.ok(&["start", &other, "--name", "two"]);
     assert_eq!(home.pids("app"), before);
-}
-
-#[test]
-fn ctrl_c_ends_the_command_and_not_the_reload() {
-    let home = Home::new();
-    let file = cluster(&home, SLOW, free_port(), "wait_ready = true");
-    home.ok(&["start", &file]);
-    let before = home.pids("web");
-    let reload = Running::start(home.command(&["reload", "web"]), b"");
-    wait_until("the reload is under way", PATIENT, || {
-        let found = home.processes();
-        if found.len() > before.len() + 3 { Ok(()) } else { Err(found) }
-    });
-    kill(Pid::from_raw(reload.pid()), Signal::SIGINT).unwrap();
-    let run = reload.end(SOON);
-    assert_eq!(run.code, 130, "{run:?}");
-    run.says("goes on");
-    wait_until("both are new", PATIENT, || {
-        let pids = home.pids("web");
-        if pids.iter().any(|pid| before.contains(pid)) { Err(pids) } else { Ok(()) }
-    });
 }
 
 #[test]

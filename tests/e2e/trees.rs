@@ -117,7 +117,7 @@ fn a_shell_script_with_a_trap_gets_to_run_it() {
 }
 
 #[test]
-fn kill_timeout_ends_what_does_not_listen_and_the_status_is_stopping_until_then() {
+fn pain_09_kill_timeout_ends_what_does_not_listen_and_the_status_is_stopping_until_then() {
     let home = Home::new();
     home.write(
         "app.py",

@@ -47,7 +47,7 @@ impl Census {
     }
 
     /// What is wrong with the table.
-    fn complaints(&self, rows: &[Row]) -> Vec<String> {
+    pub(crate) fn complaints(&self, rows: &[Row]) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut claimed = BTreeSet::new();
         for row in rows {
