@@ -210,7 +210,7 @@ const EFFECTS: &[Effect] = &[
     ("listen = [{ address = 8080, name = 'web' }]\nargs = '--fd {fd:web}'", |_, s| {
         s.command.args == ["--fd", "{fd:web}"]
     }),
-    ("balance = 'shared'", |_, s| s.balance == Balance::Shared),
+    ("instances = 2\nbalance = 'shared'", |_, s| s.balance == Balance::Shared),
     ("env = { A = 'x', N = 1, F = 1.5, B = true, J = { a = [1, 'b'] } }", |_, s| {
         s.env.vars == vars(&[("A", "x"), ("N", "1"), ("F", "1.5"), ("B", "true"), ("J", r#"{"a":[1,"b"]}"#)])
     }),
@@ -245,9 +245,9 @@ const EFFECTS: &[Effect] = &[
     ("strategy = 'blue-green'", |_, s| s.reload.strategy == Strategy::BlueGreen),
     ("reserve = false", |_, s| !s.reload.reserve),
     ("drain_websockets = true", |_, s| s.stop.drain_websockets),
-    ("balance = 'least-connections'", |_, s| s.balance == Balance::LeastConnections),
-    ("balance = 'sticky'", |_, s| s.balance == Balance::Sticky),
-    ("balance = 'slots'", |_, s| s.balance == Balance::Slots),
+    ("instances = 2\nbalance = 'least-connections'", |_, s| s.balance == Balance::LeastConnections),
+    ("instances = 2\nbalance = 'sticky'", |_, s| s.balance == Balance::Sticky),
+    ("instances = 2\nbalance = 'slots'", |_, s| s.balance == Balance::Slots),
     ("ready = { http = 'http://127.0.0.1:{PORT}/r', threshold = 2 }", |_, s| {
         let probe = s.ready.probe.as_ref().unwrap();
         (&probe.check, probe.threshold) == (&Check::Http("http://127.0.0.1:{PORT}/r".to_owned()), 2)

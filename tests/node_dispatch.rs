@@ -264,7 +264,7 @@ impl Log {
                 Some(*token)
             }
             DispatchEvent::Opened { id, open, new, token } => {
-                if let Some(kept) = new.take() {
+                for kept in std::mem::take(new) {
                     assert!(self.kept.insert(kept.key.clone(), kept).is_none(), "bound twice");
                 }
                 self.open.entry(id.clone()).or_default().push(open.clone());

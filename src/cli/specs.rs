@@ -7,6 +7,7 @@ use super::args::{AppOptions, FileOptions};
 use super::error::CliError;
 use super::{Context, output::Terminal};
 use crate::config::app::Instances;
+use crate::config::balance::check as check_balance;
 use crate::config::error::{ConfigError, quoted};
 use crate::config::file::{self, Argument};
 use crate::config::listen::{BadAddress, ListenText};
@@ -146,6 +147,10 @@ impl Wishes {
             }
             if let Some(balance) = self.balance {
                 spec.balance = balance;
+                if let Err(unfit) = check_balance(&spec) {
+                    let message = format!("{}; {}", unfit.message, unfit.help);
+                    return Err(bad("--balance", &balance.to_string(), &message));
+                }
             }
             specs.push(spec);
         }

@@ -74,7 +74,7 @@ pub struct AppConfig {
     pub exec_mode: Option<At<ExecMode>>,
     pub instances: Option<At<Instances>>,
     pub listen: Option<Vec<ListenConfig>>,
-    pub balance: Option<Balance>,
+    pub balance: Option<At<Balance>>,
     pub env: Variables,
     /// `env_<name>` by name.
     pub env_sections: BTreeMap<String, Variables>,

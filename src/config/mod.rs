@@ -8,6 +8,7 @@
 //! connects to anything. It runs in the command line as the caller, never in the daemon.
 
 pub mod app;
+pub mod balance;
 mod command;
 pub mod error;
 pub mod file;

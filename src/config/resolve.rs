@@ -11,7 +11,7 @@ use super::app::{AppConfig, Instances, Variables};
 use super::error::{At, ConfigError, Place, Problem, Source, quoted};
 use super::file::File;
 use super::overrides::Overrides;
-use super::{command, listen, paths};
+use super::{balance, command, listen, paths};
 use crate::model::id::AppName;
 use crate::model::spec::{
     AppSpec, Balance, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
@@ -256,7 +256,7 @@ pub(super) fn resolve(
     if !problems.is_empty() {
         return Err(problems);
     }
-    let spec = AppSpec {
+    let mut spec = AppSpec {
         name,
         namespace: app.namespace.as_ref().map_or_else(|| "default".to_owned(), |n| n.value.clone()),
         origin: source.map(|source| Origin { file: source.path.clone(), env_name: context.env_name.clone() }),
@@ -271,7 +271,7 @@ pub(super) fn resolve(
             increment_var: app.increment_var.as_ref().map(|var| var.value.clone()),
         },
         listen: listeners.iter().map(|listener| listener.value.clone()).collect(),
-        balance: app.balance.unwrap_or(Balance::RoundRobin),
+        balance: Balance::RoundRobin,
         ready: ready(app),
         stop,
         restart: restart(app),
@@ -290,6 +290,20 @@ pub(super) fn resolve(
         autostart: app.autostart.unwrap_or(true),
         cwd,
     };
+    spec.balance = app.balance.as_ref().map_or_else(
+        || balance::default_for(spec.is_node_cluster(), !spec.listen.is_empty()),
+        |asked| asked.value,
+    );
+    if let Some(asked) = &app.balance {
+        if let Err(unfit) = balance::check(&spec) {
+            return Err(vec![Problem::new(asked.place.clone(), unfit.message).help(unfit.help)]);
+        }
+        if !spec.is_node_cluster() && spec.listen.is_empty() {
+            let doubt =
+                "`balance` does nothing: instances of this app share no socket; see exec_mode and `listen`";
+            warnings.push(Problem::new(asked.place.clone(), doubt).line(source));
+        }
+    }
     Ok((spec, warnings, listeners))
 }
 

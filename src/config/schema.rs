@@ -179,7 +179,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"round-robin\"",
         example: "\"shared\"",
         meaning: "How connections reach Node cluster workers: in turn among free ones, to the one with the fewest, by client address, accepted by them from one socket, or from a socket for each slot.",
-        read: set!(balance, v => v.one_of(&Balance::NAMES)?),
+        read: set!(balance, v => v.at(v.one_of(&Balance::NAMES)?)),
     },
     Key {
         name: "env",

@@ -39,7 +39,8 @@ enum Then {
     Grant {
         listener: ListenerIx,
         query: Query,
-        is_new: bool,
+        /// The listeners that were bound for it.
+        made: Vec<ListenerIx>,
     },
 }
 
@@ -105,8 +106,8 @@ impl Dispatcher {
                             break;
                         }
                         // Its head is gone from the socket, so it cannot wait there. No control line is that long.
-                        if let Then::Grant { listener, query, is_new } = then {
-                            self.refuse_grant(serial, listener, &query, is_new, messages::INVALID);
+                        if let Then::Grant { query, made, .. } = then {
+                            self.refuse_grant(serial, &made, &query, messages::INVALID);
                         }
                     }
                     used += length;
@@ -161,8 +162,8 @@ impl Dispatcher {
                 self.open(serial, listener, query.clone());
                 self.grant(serial, listener, &query);
             }
-            (Then::Grant { listener, query, is_new }, Err(errno)) => {
-                self.refuse_grant(serial, listener, &query, is_new, errno);
+            (Then::Grant { query, made, .. }, Err(errno)) => {
+                self.refuse_grant(serial, &made, &query, errno);
             }
         }
         let Some(channel) = self.channels.get(&serial) else { return };
@@ -292,7 +293,7 @@ impl Dispatcher {
                 self.grant(serial, listener, &query);
                 return Verdict::Consume;
             }
-            QueryAnswer::Existing(listener) => (listener, None),
+            QueryAnswer::Existing(listener) => (listener, Vec::new()),
             QueryAnswer::Bind(place) => match self.bind(serial, &query, &place) {
                 Ok((listener, new)) => (listener, new),
                 Err(errno) => {
@@ -303,10 +304,11 @@ impl Dispatcher {
         };
         let Some(key) = self.key_of(app_serial, listener) else { return Verdict::Consume };
         let token = self.next_token();
-        let is_new = new.is_some();
+        let primary = self.apps.get(&app_serial).map(|app| &app.primary);
+        let made = new.iter().filter_map(|kept| primary?.listener(&kept.key)).collect();
         let open = OpenListener { key, query: query.clone() };
         self.emit(DispatchEvent::Opened { id, open, new, token });
-        Verdict::Hold(token, Then::Grant { listener, query, is_new })
+        Verdict::Hold(token, Then::Grant { listener, query, made })
     }
 
     fn listening(&mut self, serial: u64, message: &Query) -> Verdict {
@@ -333,6 +335,7 @@ impl Dispatcher {
         if let Some(listener) = listener {
             self.watch(listener);
         }
+        self.unsteered = true;
         let token = self.next_token();
         self.emit(DispatchEvent::ListenerClosed { id, key, left, token });
         Verdict::Hold(token, Then::Nothing)

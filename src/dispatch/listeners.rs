@@ -10,13 +10,16 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::run::{Deadline, Dispatcher, Flow, Handle, Source};
+use super::slots::Seat;
 use super::{DispatchEvent, KeptListener, Origin};
 use crate::model::id::AppName;
 use crate::model::spec::Balance;
 use crate::node::channel::{Author, Handed};
+use crate::node::choice::{client_of, is_by_turns};
 use crate::node::messages::{self, BAD_DESCRIPTOR, Granted, INVALID, Place, Query};
 use crate::node::primary::{HandOver, ListenerIx, WorkerIx};
 use crate::sys::listen::{self, Reuse, SocketKind, Stack};
+use crate::sys::reuseport;
 
 /// After accept(2) failed for want of descriptors or memory.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -24,7 +27,9 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// A listening or UDP socket of an app.
 pub(super) struct ListeningSocket {
     pub(super) app: u64,
-    socket: Handle,
+    pub(super) socket: Handle,
+    /// Where every slot has a socket of its own: which one this is.
+    pub(super) seat: Option<Seat>,
     kind: SocketKind,
     origin: Origin,
     /// Internet address, for the worker's `server.address()`.
@@ -42,15 +47,18 @@ pub(super) struct ListeningSocket {
 
 impl Dispatcher {
     /// Binds what a query asks for, or finds it among the app's configured listeners. The second value is for the
-    /// keeper; it is missing when the listener was known after all.
+    /// keeper.
     pub(super) fn bind(
         &mut self,
         serial: u64,
         query: &Query,
         place: &Place,
-    ) -> Result<(ListenerIx, Option<KeptListener>), i32> {
+    ) -> Result<(ListenerIx, Vec<KeptListener>), i32> {
         let channel = self.channels.get(&serial).ok_or(INVALID)?;
         let worker = channel.worker.as_ref().ok_or(INVALID)?;
+        if worker.balance == Balance::Slots && matches!(place, Place::Tcp { .. } | Place::TcpAny { .. }) {
+            return self.bind_slots(serial, query, place);
+        }
         let app_serial = worker.app;
         let configured = match place {
             Place::Configured { .. } => {
@@ -58,15 +66,24 @@ impl Dispatcher {
             }
             _ => worker.configured.iter().find(|socket| is_at(socket, place)).map(Arc::clone),
         };
-        let (socket, origin) = match configured {
-            Some(socket) => (duplicate(&socket)?, Origin::Configured),
-            None => (bind_place(place, query.backlog).map_err(|error| negative(&error))?, Origin::Bound),
+        // Workers that had a socket for each slot before this reload: the first one's is everybody's from now on.
+        let first = self
+            .apps
+            .get(&app_serial)
+            .and_then(|app| app.primary.listener(&messages::slot_key(&query.key(), 0)))
+            .and_then(|ix| self.sockets.get(&ix));
+        let (socket, origin) = match (configured, first) {
+            (Some(socket), _) => (duplicate(&socket)?, Origin::Configured),
+            (None, Some(first)) => (duplicate(&first.socket)?, first.origin),
+            (None, None) => {
+                (bind_place(place, query.backlog).map_err(|error| negative(&error))?, Origin::Bound)
+            }
         };
         let kept = duplicate(&socket)?;
         let (key, data) = (query.key(), query.data.clone());
         let listener = KeptListener { key: key.clone(), data: data.clone(), origin, socket };
         let ix = self.register_listener(app_serial, listener).ok_or(INVALID)?;
-        Ok((ix, Some(KeptListener { key, data, origin, socket: kept })))
+        Ok((ix, vec![KeptListener { key, data, origin, socket: kept }]))
     }
 
     /// Takes a listening socket into an app's table.
@@ -86,12 +103,14 @@ impl Dispatcher {
         }
         let ix = ListenerIx(self.next_serial());
         let newconn_head = messages::newconn_head(&key);
+        let seat = self.seat(app_serial, &key, ix);
         self.apps.get_mut(&app_serial)?.primary.add_listener(ix, key, data);
         self.sockets.insert(
             ix,
             ListeningSocket {
                 app: app_serial,
                 socket: Arc::new(socket),
+                seat,
                 kind,
                 origin,
                 address,
@@ -111,6 +130,7 @@ impl Dispatcher {
             app.primary.open(WorkerIx(serial), listener, query);
         }
         self.watch(listener);
+        self.unsteered = true;
     }
 
     /// Watches a listener while a worker that waits its turn has it open, and not otherwise.
@@ -159,7 +179,7 @@ impl Dispatcher {
         };
         let granted = Granted { key, ack: query.seq, data, seq };
         let datagram = socket.kind == SocketKind::Datagram;
-        if datagram || worker.balance == Balance::Shared {
+        if datagram || !is_by_turns(worker.balance) {
             let handed = Handed { handle: Arc::clone(&socket.socket), newconn: None };
             let line = messages::granted_shared(granted, datagram);
             self.post(serial, line, Some(handed));
@@ -178,17 +198,10 @@ impl Dispatcher {
         self.emit(DispatchEvent::ListenFailed { id, address: query.display(None), errno: errno.abs() });
     }
 
-    /// Likewise for one whose listener exists; a listener that was made for it goes.
-    pub(super) fn refuse_grant(
-        &mut self,
-        serial: u64,
-        listener: ListenerIx,
-        query: &Query,
-        is_new: bool,
-        errno: i32,
-    ) {
-        let app = self.sockets.get(&listener).map(|socket| socket.app);
-        if is_new && let Some(app) = app {
+    /// Likewise for one whose listener exists; listeners that were made for it go.
+    pub(super) fn refuse_grant(&mut self, serial: u64, made: &[ListenerIx], query: &Query, errno: i32) {
+        for listener in made.iter().copied() {
+            let Some(app) = self.sockets.get(&listener).map(|socket| socket.app) else { continue };
             let unused = self.apps.get(&app).is_some_and(|app| app.primary.usage(listener).workers == 0);
             if unused {
                 self.close_listener(listener);
@@ -200,38 +213,34 @@ impl Dispatcher {
     /// Hands out connections while somebody is free and somebody waits: one accept, one hand-over, so that a crash of
     /// ours loses at most one.
     pub(super) fn serve(&mut self, listener: ListenerIx) {
-        loop {
+        while self.hand_out(listener) {
             let Some(socket) = self.sockets.get_mut(&listener) else { return };
             let Some(app) = self.apps.get_mut(&socket.app) else { return };
-            if let Some(HandOver { worker, seq, connection }) = app.primary.assign(listener, self.now) {
-                let Some(channel) = self.channels.get_mut(&worker.0) else { continue };
-                let mut line = channel.outbox.buffer();
-                if channel.marked {
-                    line.push(messages::BUN_MARK);
-                }
-                messages::newconn(&mut line, &socket.newconn_head, seq);
-                let handed = Handed { handle: connection, newconn: Some(seq) };
-                // Only a user's lines are refused.
-                let _ = channel.outbox.push(line, Some(handed), Author::Internal);
-                self.flush(worker.0);
-                continue;
-            }
-            if app.primary.has_pending(listener) {
-                let (at, retry) = (app.primary.next_retry(), Deadline::Retry(socket.app));
-                if let Some(at) = at
-                    && !self.has_deadline(retry)
-                {
-                    self.at(at, retry);
-                }
+            if let Some(seat) = socket.seat {
+                self.go_on_rescuing(seat);
                 return;
             }
-            if !socket.readable || self.flow != Flow::Running || !app.primary.wants_connection(listener) {
+            // Others accept from a listener that we do not watch.
+            if !socket.watched
+                || !socket.readable
+                || self.flow != Flow::Running
+                || !app.primary.wants_connection(listener)
+            {
                 return;
             }
             match listen::accept(socket.socket.as_fd()) {
                 Ok(connection) => {
                     socket.failing = false;
-                    app.primary.connection(listener, Arc::new(connection));
+                    let peer = if app.primary.is_sticky(listener) {
+                        reuseport::peer(connection.as_fd()).map(|peer| peer.ip())
+                    } else {
+                        None
+                    };
+                    app.primary.connection(listener, Arc::new(connection), peer.map(client_of));
+                    if let Some(told) = peer.and_then(|peer| app.crowd.count(peer)) {
+                        let app = app.name.clone();
+                        self.emit(DispatchEvent::Crowd { app, address: told });
+                    }
                 }
                 Err(Errno::EAGAIN) => {
                     socket.readable = false;
@@ -254,6 +263,46 @@ impl Dispatcher {
         }
     }
 
+    /// Hands what was accepted to free workers. Returns whether more may be accepted.
+    pub(super) fn hand_out(&mut self, listener: ListenerIx) -> bool {
+        loop {
+            let Some(socket) = self.sockets.get_mut(&listener) else { return false };
+            let app_serial = socket.app;
+            let Some(app) = self.apps.get_mut(&app_serial) else { return false };
+            if let Some(HandOver { worker, seq, connection }) = app.primary.assign(listener, self.now) {
+                let Some(channel) = self.channels.get_mut(&worker.0) else { continue };
+                let mut line = channel.outbox.buffer();
+                if channel.marked {
+                    line.push(messages::BUN_MARK);
+                }
+                messages::newconn(&mut line, &socket.newconn_head, seq);
+                let handed = Handed { handle: connection, newconn: Some(seq) };
+                // Only a user's lines are refused.
+                let _ = channel.outbox.push(line, Some(handed), Author::Internal);
+                self.flush(worker.0);
+                continue;
+            }
+            if app.primary.has_pending(listener) {
+                if let Some(seat) = socket.seat
+                    && self.move_on(listener, seat)
+                {
+                    continue;
+                }
+                let Some(app) = self.apps.get(&app_serial) else { return false };
+                // Where clients belong to workers, others may be served meanwhile.
+                let goes_on = app.primary.is_sticky(listener);
+                let (at, retry) = (app.primary.next_retry(), Deadline::Retry(app_serial));
+                if let Some(at) = at
+                    && !self.has_deadline(retry)
+                {
+                    self.at(at, retry);
+                }
+                return goes_on;
+            }
+            return true;
+        }
+    }
+
     /// Closes an app's listeners, all or some; connections that wait are closed with them.
     pub(super) fn close_listeners(&mut self, app: &AppName, keys: Option<&[String]>) {
         let Some(app_serial) = self.app_serial(app) else { return };
@@ -271,6 +320,9 @@ impl Dispatcher {
     }
 
     fn close_listener(&mut self, listener: ListenerIx) {
+        if let Some(seat) = self.sockets.get(&listener).and_then(|socket| socket.seat) {
+            self.leave_group(listener, seat);
+        }
         let Some(socket) = self.sockets.remove(&listener) else { return };
         if let Some(app) = self.apps.get_mut(&socket.app) {
             app.primary.remove_listener(listener);
@@ -289,7 +341,7 @@ impl Dispatcher {
     }
 }
 
-fn bind_place(place: &Place, backlog: u32) -> io::Result<OwnedFd> {
+pub(super) fn bind_place(place: &Place, backlog: u32) -> io::Result<OwnedFd> {
     let backlog = if backlog == 0 { listen::BACKLOG } else { backlog };
     let stack = |v6_only: bool| if v6_only { Stack::V6Only } else { Stack::Dual };
     match place {
@@ -329,11 +381,11 @@ fn is_at(socket: &OwnedFd, place: &Place) -> bool {
     }
 }
 
-fn duplicate(socket: &OwnedFd) -> Result<OwnedFd, i32> {
+pub(super) fn duplicate(socket: &OwnedFd) -> Result<OwnedFd, i32> {
     socket.try_clone().map_err(|error| negative(&error))
 }
 
-fn negative(error: &io::Error) -> i32 {
+pub(super) fn negative(error: &io::Error) -> i32 {
     // Errors without a number come from socket2's own checks of a path's length.
     error.raw_os_error().map_or(INVALID, |errno| -errno)
 }

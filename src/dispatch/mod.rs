@@ -8,12 +8,15 @@
 //! It never spawns or signals a process, never writes a file but the sockets it binds, and never decides who is in
 //! rotation.
 
+mod crowd;
 mod input;
 mod listeners;
 mod output;
 mod run;
+mod slots;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -256,8 +259,8 @@ pub enum DispatchEvent {
         id: InstanceId,
         /// Which.
         open: OpenListener,
-        /// A listener that did not exist before.
-        new: Option<KeptListener>,
+        /// Listeners that did not exist before: this one, or those of further slots too.
+        new: Vec<KeptListener>,
         /// To be confirmed; the worker's `listen()` goes on then.
         token: Token,
     },
@@ -361,6 +364,14 @@ pub enum DispatchEvent {
         key: String,
         /// Positive.
         errno: i32,
+    },
+    /// One client address makes more than four fifths of an app's connections, or does not any more. Counted only where
+    /// clients belong to workers by their address.
+    Crowd {
+        /// Whose clients.
+        app: AppName,
+        /// Which address; `None`: none any more.
+        address: Option<IpAddr>,
     },
     /// After [`Command::Freeze`]: nothing is read, written or accepted any more.
     Frozen {

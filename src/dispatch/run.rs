@@ -12,8 +12,10 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::EventFd;
 use nix::time::{ClockId, clock_gettime};
 
+use super::crowd::Crowd;
 use super::input::{Awaiting, Until};
 use super::listeners::ListeningSocket;
+use super::slots::Group;
 use super::{
     Adopted, ChannelKind, Command, DispatchEvent, InstanceStats, ListenerStats, Message, NewInstance,
     OpenListener, SETTLE_WITHIN, Stats, Token,
@@ -83,6 +85,8 @@ impl Worker {
 pub(super) struct App {
     pub(super) name: AppName,
     pub(super) primary: Primary<Handle>,
+    /// Where its clients are, as far as that counts.
+    pub(super) crowd: Crowd,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +95,10 @@ pub(super) enum Deadline {
     Settle(u64),
     /// Rejected connections are offered again.
     Retry(u64),
+    /// Look whether a slot's worker accepts.
+    Look(ListenerIx),
+    /// A slot's worker gets connections again.
+    Unstick(ListenerIx),
     /// Accepting failed; try again.
     Accept(ListenerIx),
     /// Sending failed for want of kernel memory; try again.
@@ -123,6 +131,10 @@ pub(super) struct Dispatcher {
     /// Which channel waits for a token.
     pub(super) tokens: HashMap<Token, u64>,
     deadlines: BTreeMap<(Moment, u64), Deadline>,
+    /// Sockets of which every slot has one.
+    pub(super) groups: HashMap<u64, Group>,
+    /// Who serves a slot may have changed in this turn.
+    pub(super) unsteered: bool,
     /// Channels with more to read than one turn allows.
     pub(super) again: Vec<u64>,
     pub(super) flow: Flow,
@@ -179,6 +191,8 @@ impl Dispatcher {
             apps: HashMap::new(),
             by_name: HashMap::new(),
             sockets: HashMap::new(),
+            groups: HashMap::new(),
+            unsteered: false,
             tokens: HashMap::new(),
             deadlines: BTreeMap::new(),
             again: Vec::new(),
@@ -220,9 +234,12 @@ impl Dispatcher {
                     }
                     Source::Channel(serial) => self.channel_event(serial, event.events()),
                     Source::Listener(ix) => {
-                        if let Some(socket) = self.sockets.get_mut(&ix) {
-                            socket.readable = true;
+                        let Some(socket) = self.sockets.get_mut(&ix) else { continue };
+                        if let Some(seat) = socket.seat {
+                            self.slot_event(ix, seat);
+                            continue;
                         }
+                        socket.readable = true;
                         self.serve(ix);
                     }
                 }
@@ -231,6 +248,7 @@ impl Dispatcher {
                 self.pump(serial);
             }
             self.due();
+            self.steer();
             if self.flow == Flow::Freezing {
                 self.freeze_if_settled();
             }
@@ -337,7 +355,10 @@ impl Dispatcher {
                 // Beyond every number a former supervisor can have used: nobody sends one message a microsecond.
                 let first_seq = if is_adopted { self.now.nanos() / 1_000 } else { 0 };
                 if let Some(app) = self.apps.get_mut(&app) {
-                    app.primary.add_worker(WorkerIx(serial), balance, first_seq);
+                    app.primary.add_worker(WorkerIx(serial), id.slot, balance, first_seq);
+                    if is_adopted {
+                        app.primary.expect(WorkerIx(serial), self.now);
+                    }
                     for OpenListener { key, query } in open {
                         if let Some(listener) = app.primary.listener(&key) {
                             app.primary.open(WorkerIx(serial), listener, query);
@@ -348,6 +369,7 @@ impl Dispatcher {
             }
         };
         let app = worker.as_ref().map(|worker| worker.app);
+        let balance = worker.as_ref().map(|worker| worker.balance);
         if let Err(error) = listen::set_nonblocking(channel.as_fd()) {
             tracing::warn!(%id, %error, "cannot make the channel non-blocking");
         }
@@ -387,6 +409,9 @@ impl Dispatcher {
         }
         if let Some(greeting) = agent {
             self.post(serial, messages::agent_hello(greeting), None);
+            if balance == Some(Balance::LeastConnections) {
+                self.post(serial, messages::agent_watch(), None);
+            }
         }
     }
 
@@ -415,6 +440,7 @@ impl Dispatcher {
         for listener in app.primary.put_in(WorkerIx(serial)) {
             self.serve(listener);
         }
+        self.unsteered = true;
     }
 
     fn take_out(&mut self, id: &InstanceId) {
@@ -423,6 +449,7 @@ impl Dispatcher {
             self.emit(DispatchEvent::Settled { id: id.clone(), unanswered: 0 });
             return;
         };
+        self.unsteered = true;
         if let Some(channel) = self.channels.get_mut(&serial) {
             channel.settling = true;
             if let Some(app) = channel.worker.as_ref().and_then(|worker| self.apps.get_mut(&worker.app)) {
@@ -467,6 +494,8 @@ impl Dispatcher {
                         }
                     }
                 }
+                Deadline::Look(listener) => self.look(listener),
+                Deadline::Unstick(listener) => self.unstick(listener),
                 Deadline::Accept(listener) => self.serve(listener),
                 Deadline::Flush(serial) => self.flush(serial),
                 Deadline::Inherited(serial, until) => self.look_at_inherited(serial, until),
@@ -545,6 +574,7 @@ impl Dispatcher {
             self.serve(listener);
         }
         self.watch_all(worker.app);
+        self.unsteered = true;
         self.forget_app_if_empty(worker.app);
     }
 
@@ -562,7 +592,8 @@ impl Dispatcher {
             return *serial;
         }
         let serial = self.next_serial();
-        self.apps.insert(serial, App { name: name.clone(), primary: Primary::default() });
+        self.apps
+            .insert(serial, App { name: name.clone(), primary: Primary::default(), crowd: Crowd::default() });
         self.by_name.insert(name.clone(), serial);
         serial
     }

@@ -121,6 +121,18 @@ impl AppSpec {
             }
     }
 
+    /// Whether every slot inherits listening sockets of its own, and the kernel is told which of them get connections.
+    #[must_use]
+    pub const fn inherits_slots(&self) -> bool {
+        matches!(self.balance, Balance::Slots) && !self.is_node_cluster() && !self.listen.is_empty()
+    }
+
+    /// Whether an instance that is taken out of rotation gets no new connections, without its help.
+    #[must_use]
+    pub const fn has_rotation(&self) -> bool {
+        self.is_node_cluster() || self.inherits_slots()
+    }
+
     /// Whether the agent is preloaded.
     #[must_use]
     pub const fn has_agent(&self) -> bool {

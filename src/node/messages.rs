@@ -318,6 +318,26 @@ impl Query {
     }
 }
 
+/// The key of one slot's socket, where every slot listens with a socket of its own.
+#[must_use]
+pub fn slot_key(key: &str, slot: u32) -> String {
+    format!("{key}#{slot}")
+}
+
+/// The key that all slots' sockets have in common, and the slot; `None` for a listener that all slots share. No other
+/// key ends like that: the last part is a number or a word.
+#[must_use]
+pub fn split_slot_key(key: &str) -> Option<(&str, u32)> {
+    let (common, slot) = key.rsplit_once('#')?;
+    Some((common, slot.parse().ok()?))
+}
+
+/// The part of a key that says what the app asked for.
+#[must_use]
+pub fn common_key(key: &str) -> &str {
+    split_slot_key(key).map_or(key, |(common, _)| common)
+}
+
 fn scoped(text: &str, port: u16) -> Option<SocketAddr> {
     let (ip, zone) = text.split_once('%')?;
     let ip: Ipv6Addr = ip.parse().ok()?;

@@ -4,6 +4,7 @@
 //! The protocol is internal to Node; what is known of it for versions 18 to 24 was established by running them.
 
 pub mod channel;
+pub mod choice;
 pub mod messages;
 pub mod primary;
 

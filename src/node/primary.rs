@@ -13,7 +13,9 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
-use super::messages::{ADDRESS_IN_USE, Place, Query};
+use super::choice::{self, is_by_turns};
+use super::messages::{ADDRESS_IN_USE, Place, Query, slot_key};
+use crate::model::id::Slot;
 use crate::model::moment::Moment;
 use crate::model::spec::Balance;
 
@@ -29,6 +31,14 @@ pub struct ListenerIx(pub u64);
 const RETRY_FIRST: Duration = Duration::from_millis(10);
 /// …which doubles up to this.
 const RETRY_MAX: Duration = Duration::from_millis(100);
+
+/// How long a client that belongs to a worker waits for it; then, and until this worker answers again, it goes where it
+/// would go if that worker were gone.
+pub const STICKY_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How many accepted connections may wait for the workers they belong to. A client of a busy worker must not hold up
+/// the others; a supervisor that is killed loses those that wait.
+const STICKY_WAITING: usize = 8;
 
 /// Whether a worker gets new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +62,8 @@ struct Listener<C> {
     key: String,
     /// TLS ticket keys of the first worker, as JSON.
     data: String,
+    /// How connections are handed out: as the worker wants it that opened it last.
+    balance: Balance,
     /// Workers in rotation that have answered their last newconn, longest free first.
     free: VecDeque<WorkerIx>,
     /// Accepted and not assigned.
@@ -64,13 +76,18 @@ struct Listener<C> {
 #[derive(Debug)]
 struct Pending<C> {
     connection: C,
+    /// Stands for the client's address, where it counts.
+    client: Option<u64>,
     rejected_by: Vec<WorkerIx>,
 }
 
 #[derive(Debug)]
 struct Worker<C> {
+    slot: Slot,
     balance: Balance,
     rotation: Rotation,
+    /// A former supervisor had it: until then it counts as one that will be put in, so that its clients wait for it.
+    expected_until: Option<Moment>,
     open: Vec<Open>,
     unanswered: Vec<Unanswered<C>>,
     next_seq: u64,
@@ -99,6 +116,7 @@ struct Unanswered<C> {
     seq: u64,
     listener: ListenerIx,
     pending: Pending<C>,
+    since: Moment,
 }
 
 /// What to do about a query.
@@ -132,14 +150,16 @@ impl<C> Default for Primary<C> {
 }
 
 impl<C: Clone> Primary<C> {
-    /// A worker has a channel. `first_seq` is where our numbers start: for an adopted worker beyond everything a former
+    /// The worker of a slot has a channel. `first_seq` is where our numbers start: for an adopted worker beyond everything a former
     /// supervisor can have used.
-    pub fn add_worker(&mut self, worker: WorkerIx, balance: Balance, first_seq: u64) {
+    pub fn add_worker(&mut self, worker: WorkerIx, slot: Slot, balance: Balance, first_seq: u64) {
         self.workers.insert(
             worker,
             Worker {
+                slot,
                 balance,
                 rotation: Rotation::Out,
+                expected_until: None,
                 open: Vec::new(),
                 unanswered: Vec::new(),
                 next_seq: first_seq,
@@ -147,6 +167,13 @@ impl<C: Clone> Primary<C> {
                 reported: None,
             },
         );
+    }
+
+    /// A worker that a former supervisor had: it will be told in a moment whether it is in rotation.
+    pub fn expect(&mut self, worker: WorkerIx, now: Moment) {
+        if let Some(record) = self.workers.get_mut(&worker) {
+            record.expected_until = Some(now + STICKY_PATIENCE);
+        }
     }
 
     /// The next number of ours for a worker.
@@ -160,11 +187,11 @@ impl<C: Clone> Primary<C> {
     /// What to do about a query.
     #[must_use]
     pub fn query(&self, worker: WorkerIx, query: &Query) -> QueryAnswer {
-        let key = query.key();
         let place = match query.place() {
             Ok(place) => place,
             Err(errno) => return QueryAnswer::Refuse(errno),
         };
+        let key = self.key_for(worker, query, &place);
         let Some(&listener) = self.by_key.get(&key) else { return QueryAnswer::Bind(place) };
         let open =
             self.workers.get(&worker).and_then(|w| w.open.iter().find(|open| open.listener == listener));
@@ -176,6 +203,19 @@ impl<C: Clone> Primary<C> {
         }
     }
 
+    /// The key of what a worker asks for: a socket of its slot's own in slots mode, where the kernel can spread
+    /// connections over several.
+    fn key_for(&self, worker: WorkerIx, query: &Query, place: &Place) -> String {
+        let key = query.key();
+        match (self.workers.get(&worker), place) {
+            (
+                Some(Worker { balance: Balance::Slots, slot, .. }),
+                Place::Tcp { .. } | Place::TcpAny { .. },
+            ) => slot_key(&key, slot.0),
+            _ => key,
+        }
+    }
+
     /// A socket is bound for `key`, or was given to us by a former supervisor.
     pub fn add_listener(&mut self, ix: ListenerIx, key: String, data: String) {
         self.by_key.insert(key.clone(), ix);
@@ -184,6 +224,7 @@ impl<C: Clone> Primary<C> {
             Listener {
                 key,
                 data,
+                balance: Balance::RoundRobin,
                 free: VecDeque::new(),
                 pending: VecDeque::new(),
                 retry_at: None,
@@ -210,6 +251,9 @@ impl<C: Clone> Primary<C> {
         if !record.open.iter().any(|open| open.listener == listener) {
             record.open.push(Open { listener, query });
         }
+        if let Some(listener) = self.listeners.get_mut(&listener) {
+            listener.balance = record.balance;
+        }
         self.set_free(worker, listener);
     }
 
@@ -235,6 +279,7 @@ impl<C: Clone> Primary<C> {
     pub fn put_in(&mut self, worker: WorkerIx) -> Vec<ListenerIx> {
         let Some(record) = self.workers.get_mut(&worker) else { return Vec::new() };
         record.rotation = Rotation::In;
+        record.expected_until = None;
         let listeners: Vec<ListenerIx> = record.open.iter().map(|open| open.listener).collect();
         for listener in &listeners {
             self.set_free(worker, *listener);
@@ -246,6 +291,7 @@ impl<C: Clone> Primary<C> {
     pub fn take_out(&mut self, worker: WorkerIx) {
         if let Some(record) = self.workers.get_mut(&worker) {
             record.rotation = Rotation::Out;
+            record.expected_until = None;
         }
         for listener in self.listeners.values_mut() {
             listener.free.retain(|free| *free != worker);
@@ -258,25 +304,72 @@ impl<C: Clone> Primary<C> {
         self.workers.get(&worker).map_or(0, |w| w.unanswered.len())
     }
 
-    /// Whether a connection should be accepted: somebody is free and nobody waits before it.
+    /// Whether a connection should be accepted: somebody is free and nobody waits before it. Where clients belong to
+    /// workers, somebody else's may wait.
     #[must_use]
     pub fn wants_connection(&self, listener: ListenerIx) -> bool {
-        self.listeners.get(&listener).is_some_and(|l| l.pending.is_empty() && !l.free.is_empty())
+        self.listeners.get(&listener).is_some_and(|l| {
+            let waiting = if l.balance == Balance::Sticky { STICKY_WAITING } else { 1 };
+            l.pending.len() < waiting && !l.free.is_empty()
+        })
     }
 
-    /// A connection was accepted.
-    pub fn connection(&mut self, listener: ListenerIx, connection: C) {
+    /// Whether it counts for this listener where a connection comes from.
+    #[must_use]
+    pub fn is_sticky(&self, listener: ListenerIx) -> bool {
+        self.listeners.get(&listener).is_some_and(|l| l.balance == Balance::Sticky)
+    }
+
+    /// A connection was accepted; `client` stands for its address, where that counts ([`choice::client_of`]).
+    pub fn connection(&mut self, listener: ListenerIx, connection: C, client: Option<u64>) {
         if let Some(listener) = self.listeners.get_mut(&listener) {
-            listener.pending.push_back(Pending { connection, rejected_by: Vec::new() });
+            listener.pending.push_back(Pending { connection, client, rejected_by: Vec::new() });
         }
+    }
+
+    /// Whether connections wait that nobody in rotation could have.
+    #[must_use]
+    pub fn is_deserted(&self, listener: ListenerIx) -> bool {
+        self.has_pending(listener) && self.served(listener) != Some(Rotation::In)
+    }
+
+    /// Moves the connection that waits first at a listener to another listener with a free worker that has not rejected
+    /// it. Returns whether it did.
+    pub fn move_waiting(&mut self, from: ListenerIx, to: ListenerIx) -> bool {
+        let Some(pending) = self.listeners.get(&from).and_then(|from| from.pending.front()) else {
+            return false;
+        };
+        let Some(target) = self.listeners.get(&to) else { return false };
+        if from == to
+            || !target.pending.is_empty()
+            || choice::next(&target.free, &pending.rejected_by).is_none()
+        {
+            return false;
+        }
+        let moved = self.listeners.get_mut(&from).and_then(|from| from.pending.pop_front());
+        if let Some((pending, target)) = moved.zip(self.listeners.get_mut(&to)) {
+            target.pending.push_back(pending);
+        }
+        true
     }
 
     /// Hands the next waiting connection to a free worker, if there are both. To be called until there is nothing.
     pub fn assign(&mut self, listener_ix: ListenerIx, now: Moment) -> Option<HandOver<C>> {
+        let workers = &self.workers;
         let listener = self.listeners.get_mut(&listener_ix)?;
         let found = listener.pending.iter().enumerate().find_map(|(waiting, pending)| {
-            let free = listener.free.iter().position(|worker| !pending.rejected_by.contains(worker))?;
-            Some((waiting, free))
+            let (free, rejected_by) = (&listener.free, &pending.rejected_by);
+            let place = match (listener.balance, pending.client) {
+                (Balance::LeastConnections, _) => {
+                    choice::fewest(free, rejected_by, |worker| workers.get(&worker)?.open_connections())
+                }
+                (Balance::Sticky, Some(client)) => {
+                    let owner = owner(workers, listener_ix, client, rejected_by, now)?;
+                    free.iter().position(|worker| *worker == owner)
+                }
+                _ => choice::next(free, rejected_by),
+            }?;
+            Some((waiting, place))
         });
         let Some((waiting, free)) = found else {
             self.plan_retry(listener_ix, now);
@@ -291,7 +384,7 @@ impl<C: Clone> Primary<C> {
         let seq = record.next_seq;
         record.next_seq += 1;
         record.handed += 1;
-        record.unanswered.push(Unanswered { seq, listener: listener_ix, pending });
+        record.unanswered.push(Unanswered { seq, listener: listener_ix, pending, since: now });
         Some(HandOver { worker, seq, connection })
     }
 
@@ -299,14 +392,20 @@ impl<C: Clone> Primary<C> {
     /// be ten thousand rejections a second (a server at `maxConnections`).
     fn plan_retry(&mut self, listener_ix: ListenerIx, now: Moment) {
         let Some(listener) = self.listeners.get_mut(&listener_ix) else { return };
-        if listener.retry_at.is_some() || listener.free.is_empty() {
+        if listener.retry_at.is_some() {
+            return;
+        }
+        if listener.balance == Balance::Sticky && !listener.pending.is_empty() {
+            // The worker that a client belongs to may never answer.
+            listener.retry_at = Some(now + STICKY_PATIENCE);
+        }
+        if listener.free.is_empty() {
             return;
         }
         let hopeless = listener.pending.iter().any(|pending| {
             // Somebody busy may still take it.
             !self.workers.iter().any(|(worker, record)| {
                 record.rotation == Rotation::In
-                    && record.balance == Balance::RoundRobin
                     && record.open.iter().any(|open| open.listener == listener_ix)
                     && !pending.rejected_by.contains(worker)
             })
@@ -383,9 +482,7 @@ impl<C: Clone> Primary<C> {
     /// not said.
     #[must_use]
     pub fn open_connections(&self, worker: WorkerIx) -> Option<u64> {
-        let record = self.workers.get(&worker)?;
-        let Reported { before, closed } = record.reported?;
-        Some((before + record.handed).saturating_sub(closed))
+        self.workers.get(&worker)?.open_connections()
     }
 
     /// A worker's channel has ended: what it did not answer for goes to others. It writes its answer before it touches
@@ -418,9 +515,21 @@ impl<C: Clone> Primary<C> {
     #[must_use]
     pub fn is_by_turns(&self, listener: ListenerIx) -> bool {
         self.workers.values().any(|worker| {
-            worker.balance == Balance::RoundRobin
+            is_by_turns(worker.balance)
                 && worker.open.iter().any(|open| open.listener == listener && !open.query.is_datagram())
         })
+    }
+
+    /// Whether workers accept from this listener by themselves: those in rotation, or else those that are not yet or
+    /// not any more.
+    #[must_use]
+    pub fn served(&self, listener: ListenerIx) -> Option<Rotation> {
+        let rotations = self
+            .workers
+            .values()
+            .filter(|worker| worker.open.iter().any(|open| open.listener == listener))
+            .map(|worker| if worker.expected_until.is_some() { Rotation::In } else { worker.rotation });
+        rotations.reduce(|a, b| if a == Rotation::In { a } else { b })
     }
 
     /// Whether the app has neither workers nor listeners.
@@ -454,7 +563,6 @@ impl<C: Clone> Primary<C> {
     fn set_free(&mut self, worker: WorkerIx, listener_ix: ListenerIx) {
         let Some(record) = self.workers.get(&worker) else { return };
         let serves = record.rotation == Rotation::In
-            && record.balance == Balance::RoundRobin
             && record.open.iter().any(|open| open.listener == listener_ix && !open.query.is_datagram())
             && !record.unanswered.iter().any(|unanswered| unanswered.listener == listener_ix);
         if let Some(listener) = self.listeners.get_mut(&listener_ix)
@@ -464,6 +572,36 @@ impl<C: Clone> Primary<C> {
             listener.free.push_back(worker);
         }
     }
+}
+
+impl<C> Worker<C> {
+    fn open_connections(&self) -> Option<u64> {
+        let Reported { before, closed } = self.reported?;
+        Some((before + self.handed).saturating_sub(closed))
+    }
+
+    /// Whether it has left a connection unanswered for so long that nothing more should wait for it.
+    fn is_stuck(&self, now: Moment) -> bool {
+        self.unanswered.iter().any(|unanswered| now.since(unanswered.since) >= STICKY_PATIENCE)
+    }
+}
+
+/// The worker that a client belongs to: of the slot it is drawn to most among those that are served. Of two in one slot
+/// the later one.
+fn owner<C>(
+    workers: &HashMap<WorkerIx, Worker<C>>,
+    listener: ListenerIx,
+    client: u64,
+    rejected_by: &[WorkerIx],
+    now: Moment,
+) -> Option<WorkerIx> {
+    let serving = workers.iter().filter(|(ix, worker)| {
+        (worker.rotation == Rotation::In || worker.expected_until.is_some_and(|until| now < until))
+            && worker.open.iter().any(|open| open.listener == listener)
+            && !rejected_by.contains(ix)
+            && !worker.is_stuck(now)
+    });
+    serving.max_by_key(|(ix, worker)| (choice::attraction(client, worker.slot.0), **ix)).map(|(ix, _)| *ix)
 }
 
 /// How a listener is used.
@@ -497,7 +635,7 @@ mod tests {
         let listener = ListenerIx(1);
         primary.add_listener(listener, query(80, 1).key(), "null".to_owned());
         for ix in (0..count).map(WorkerIx) {
-            primary.add_worker(ix, Balance::RoundRobin, 0);
+            primary.add_worker(ix, Slot(0), Balance::RoundRobin, 0);
             primary.open(ix, listener, query(80, 1));
             primary.put_in(ix);
         }
@@ -509,7 +647,7 @@ mod tests {
         let (mut primary, listener) = with_workers(2);
         let mut served = [0, 0];
         for connection in 0..20 {
-            primary.connection(listener, connection);
+            primary.connection(listener, connection, None);
             let hand_over = primary.assign(listener, NOW).unwrap();
             served[usize::try_from(hand_over.worker.0).unwrap()] += 1;
             primary.answered(hand_over.worker, hand_over.seq, true);
@@ -522,11 +660,11 @@ mod tests {
         let (mut primary, listener) = with_workers(2);
         for connection in 0..2 {
             assert!(primary.wants_connection(listener));
-            primary.connection(listener, connection);
+            primary.connection(listener, connection, None);
             primary.assign(listener, NOW).unwrap();
         }
         assert!(!primary.wants_connection(listener));
-        primary.connection(listener, 3);
+        primary.connection(listener, 3, None);
         assert!(primary.assign(listener, NOW).is_none());
     }
 
@@ -535,7 +673,7 @@ mod tests {
         let mut primary: Primary<u32> = Primary::default();
         let listener = ListenerIx(1);
         primary.add_listener(listener, query(80, 1).key(), "null".to_owned());
-        primary.add_worker(WorkerIx(0), Balance::RoundRobin, 0);
+        primary.add_worker(WorkerIx(0), Slot(0), Balance::RoundRobin, 0);
         primary.open(WorkerIx(0), listener, query(80, 1));
         assert!(!primary.wants_connection(listener));
         primary.put_in(WorkerIx(0));
@@ -547,7 +685,7 @@ mod tests {
     #[test]
     fn a_rejected_connection_goes_to_another_and_then_waits() {
         let (mut primary, listener) = with_workers(2);
-        primary.connection(listener, 7);
+        primary.connection(listener, 7, None);
         let first = primary.assign(listener, NOW).unwrap();
         primary.answered(first.worker, first.seq, false);
         let second = primary.assign(listener, NOW).unwrap();
@@ -567,7 +705,7 @@ mod tests {
         assert_eq!(primary.open_connections(worker), None);
         primary.reported(worker, Some(0), 0);
         let hand_over = |primary: &mut Primary<u32>| {
-            primary.connection(listener, 1);
+            primary.connection(listener, 1, None);
             primary.assign(listener, NOW).unwrap().seq
         };
         let seq = hand_over(&mut primary);
@@ -591,7 +729,7 @@ mod tests {
         let worker = WorkerIx(0);
         // Said to the former supervisor, and still unread.
         primary.reported(worker, None, 7);
-        primary.connection(listener, 1);
+        primary.connection(listener, 1, None);
         primary.assign(listener, NOW).unwrap();
         primary.reported(worker, Some(10), 8);
         assert_eq!(primary.open_connections(worker), Some(3));
@@ -602,12 +740,12 @@ mod tests {
     #[test]
     fn what_a_dead_worker_had_goes_first() {
         let (mut primary, listener) = with_workers(1);
-        primary.connection(listener, 1);
+        primary.connection(listener, 1, None);
         primary.assign(listener, NOW).unwrap();
-        primary.connection(listener, 2);
+        primary.connection(listener, 2, None);
         assert_eq!(primary.remove_worker(WorkerIx(0)), vec![listener]);
         assert!(primary.assign(listener, NOW).is_none());
-        primary.add_worker(WorkerIx(1), Balance::RoundRobin, 0);
+        primary.add_worker(WorkerIx(1), Slot(0), Balance::RoundRobin, 0);
         primary.open(WorkerIx(1), listener, query(80, 1));
         primary.put_in(WorkerIx(1));
         let next = primary.assign(listener, NOW).unwrap();
@@ -617,7 +755,7 @@ mod tests {
     #[test]
     fn queries() {
         let (mut primary, listener) = with_workers(1);
-        primary.add_worker(WorkerIx(1), Balance::Shared, 0);
+        primary.add_worker(WorkerIx(1), Slot(0), Balance::Shared, 0);
         for (worker, asked, expected) in [
             (0, query(80, 1), QueryAnswer::Again(listener)),
             (0, query(80, 2), QueryAnswer::Refuse(ADDRESS_IN_USE)),
@@ -637,7 +775,7 @@ mod tests {
     #[test]
     fn listening_finds_its_query_also_for_port_0() {
         let mut primary: Primary<u32> = Primary::default();
-        primary.add_worker(WorkerIx(0), Balance::RoundRobin, 0);
+        primary.add_worker(WorkerIx(0), Slot(0), Balance::RoundRobin, 0);
         let asked = [Query { index: 0, ..query(0, 1) }, Query { index: 1, ..query(0, 2) }];
         let listeners = asked.clone().map(|asked| {
             let listener = ListenerIx(asked.seq);
@@ -666,7 +804,7 @@ mod tests {
                 match step {
                     0 => {
                         if alive.insert(who) {
-                            primary.add_worker(worker, Balance::RoundRobin, 0);
+                            primary.add_worker(worker, Slot(0), Balance::RoundRobin, 0);
                             primary.open(worker, listener, query(80, 1));
                         }
                     }
@@ -704,7 +842,7 @@ mod tests {
                     }
                     _ => {
                         if primary.wants_connection(listener) {
-                            primary.connection(listener, accepted);
+                            primary.connection(listener, accepted, None);
                             accepted += 1;
                         }
                     }

@@ -177,7 +177,7 @@ impl App {
             let Some(run) = self.run_mut(&id) else { continue };
             run.put_in(now);
             let (pm_id, after) = (run.pm_id, now.since(run.since));
-            if run.spec.is_node_cluster() {
+            if run.spec.has_rotation() {
                 shared.actions.push(Action::PutIn { id: id.clone() });
             }
             self.step(&id, pm_id, StepKind::Ready { after });

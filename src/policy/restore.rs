@@ -255,7 +255,7 @@ impl Fleet {
             if run.settle == STOP_AGAIN {
                 run.settle = START_SETTLE;
                 run.begin_stop(now, Cause::Asked, IdleConnections::Close, &mut descent);
-            } else if run.is_ready() && run.spec.is_node_cluster() {
+            } else if run.is_ready() && run.spec.has_rotation() {
                 descent.actions.push(Action::PutIn { id: run.id.clone() });
             }
             self.shared.actions.extend(descent.actions);

@@ -328,10 +328,11 @@ impl Run {
     fn climb(&mut self, now: Moment, mut towards: Towards, descent: &mut Descent) {
         let Self { id, spec, phase: Phase::Stopping(ladder), .. } = self else { return };
         let cluster = spec.is_node_cluster();
+        let rotation = spec.has_rotation();
         let agent = spec.has_agent();
         loop {
             towards = match towards {
-                Towards::Settle if cluster => {
+                Towards::Settle if rotation => {
                     descent.actions.push(Action::TakeOut { id: id.clone() });
                     descent.steps.push(StepKind::Draining);
                     ladder.rung = Rung::Settling { until: now + SETTLE_LIMIT };
@@ -347,7 +348,7 @@ impl Run {
                 }
                 Towards::Ask => Towards::Drain,
                 Towards::Drain if agent => {
-                    if !cluster {
+                    if !rotation {
                         descent.steps.push(StepKind::Draining);
                     }
                     let DrainRules { in_flight, within, patience } = ladder.drain(spec);
@@ -407,8 +408,11 @@ impl Run {
 
 /// Whether an instance accepts connections from a shared socket as soon as it listens, and can be asked to stop that.
 fn accepts_by_itself(spec: &AppSpec) -> bool {
-    let shared =
-        if spec.is_node_cluster() { spec.balance == Balance::Shared } else { !spec.listen.is_empty() };
+    let shared = if spec.is_node_cluster() {
+        matches!(spec.balance, Balance::Shared | Balance::Slots)
+    } else {
+        !spec.listen.is_empty()
+    };
     shared && spec.has_agent()
 }
 

@@ -8,11 +8,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use super::fnv;
+use super::steering::Steering;
 use crate::keeper::wire::NAME_MAX;
-use crate::model::id::AppName;
+use crate::model::id::{AppName, Slot};
 use crate::model::spec::{AppSpec, ListenAddress, ListenSpec};
 use crate::sys::holder;
 use crate::sys::listen::{self, Stack};
+use crate::sys::reuseport;
 
 /// Stands for a text that is too long for the keeper's names.
 fn digest(text: &str) -> u64 {
@@ -22,7 +24,16 @@ fn digest(text: &str) -> u64 {
 /// The inherited listeners of all apps.
 #[derive(Debug, Default)]
 pub struct Listeners {
-    open: BTreeMap<(AppName, ListenAddress), OwnedFd>,
+    open: BTreeMap<Place, OwnedFd>,
+}
+
+/// Which socket.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    app: AppName,
+    address: ListenAddress,
+    /// `None`: every instance inherits it.
+    slot: Option<Slot>,
 }
 
 /// A socket that was opened just now, to be given to the keeper.
@@ -89,8 +100,10 @@ impl Listeners {
         })
     }
 
-    fn name(app: &AppName, address: &ListenAddress) -> String {
-        format!("{}{:016x}:{:016x}", Self::PREFIX, digest(app.as_str()), digest(&address.to_string()))
+    fn name(place: &Place) -> String {
+        let (app, address) = (digest(place.app.as_str()), digest(&place.address.to_string()));
+        let slot = place.slot.map_or_else(String::new, |slot| format!(":{slot}"));
+        format!("{}{app:016x}:{address:016x}{slot}", Self::PREFIX)
     }
 
     /// Takes over sockets that the keeper held; what belongs to no listener of these specs stays in `held`.
@@ -101,8 +114,15 @@ impl Listeners {
     ) {
         for spec in specs {
             for listener in &spec.listen {
-                if let Some(socket) = held.remove(&Self::name(&spec.name, &listener.address)) {
-                    self.open.insert((spec.name.clone(), listener.address.clone()), socket);
+                let slots = (0..).map(|slot| Some(Slot(slot)));
+                for slot in std::iter::once(None).chain(slots) {
+                    let place = Place { app: spec.name.clone(), address: listener.address.clone(), slot };
+                    match held.remove(&Self::name(&place)) {
+                        Some(socket) => drop(self.open.insert(place, socket)),
+                        // Slots are opened in order and closed together.
+                        None if slot.is_some() && !self.open.contains_key(&place) => break,
+                        None => {}
+                    }
                 }
             }
         }
@@ -110,70 +130,136 @@ impl Listeners {
 
     /// The addresses that are open for an app.
     pub fn of(&self, app: &AppName) -> impl Iterator<Item = &ListenAddress> {
-        self.open.keys().filter(move |(owner, _)| owner == app).map(|(_, address)| address)
+        self.open.keys().filter(move |place| place.app == *app).map(|place| &place.address)
     }
 
-    /// Opens those listeners of the spec that are not open yet. All or none.
+    /// Opens those listeners of the spec that an instance in this slot inherits and that are not open yet. All or none.
+    ///
+    /// Sockets of slots are opened in the order of the slots: the kernel numbers them so ([`reuseport`]).
     ///
     /// # Errors
     /// [`OpenError`] names who holds the address.
-    pub fn open(&mut self, spec: &AppSpec) -> Result<Vec<Opened>, OpenError> {
-        let mut fresh = Vec::new();
+    pub fn open(&mut self, spec: &AppSpec, slot: Slot) -> Result<Vec<Opened>, OpenError> {
+        let mut fresh: Vec<(Place, OwnedFd)> = Vec::new();
         for listener in &spec.listen {
-            let key = (spec.name.clone(), listener.address.clone());
-            if !self.open.contains_key(&key) {
-                fresh.push((key, bind(listener)?));
+            let slots = if spec.inherits_slots() {
+                (0..=slot.0).map(|n| Some(Slot(n))).collect()
+            } else {
+                vec![None]
+            };
+            for slot in slots {
+                let place = Place { app: spec.name.clone(), address: listener.address.clone(), slot };
+                if !self.open.contains_key(&place) {
+                    let socket = self.socket(&place, listener, &fresh)?;
+                    fresh.push((place, socket));
+                }
             }
         }
         let mut opened = Vec::new();
-        for (key, socket) in fresh {
-            let name = Self::name(&key.0, &key.1);
-            let copy = socket.as_fd().try_clone_to_owned();
-            let copy = copy.map_err(|source| OpenError::Other { address: key.1.to_string(), source })?;
-            opened.push(Opened { name, socket: copy });
-            self.open.insert(key, socket);
+        for (place, socket) in fresh {
+            let copy = copy(&place.address, &socket)?;
+            opened.push(Opened { name: Self::name(&place), socket: copy });
+            self.open.insert(place, socket);
         }
         Ok(opened)
     }
 
-    /// Copies of the spec's listeners in order.
+    /// A socket for a place that has none. When the balance is changed by a reload, the socket that all instances shared
+    /// becomes the first slot's, or the other way round.
+    fn socket(
+        &self,
+        place: &Place,
+        listener: &ListenSpec,
+        fresh: &[(Place, OwnedFd)],
+    ) -> Result<OwnedFd, OpenError> {
+        let at = |slot: Option<Slot>| {
+            let wanted = Place { slot, ..place.clone() };
+            let new = fresh.iter().find(|(place, _)| *place == wanted).map(|(_, socket)| socket);
+            new.or_else(|| self.open.get(&wanted))
+        };
+        let other = |source| OpenError::Other { address: place.address.to_string(), source };
+        let first = at(Some(Slot(0)));
+        match (place.slot, first) {
+            (None, Some(first)) => copy(&place.address, first),
+            (None, None) => bind(listener),
+            (Some(Slot(0)), _) => {
+                let socket = match at(None) {
+                    Some(shared) => copy(&place.address, shared)?,
+                    None => bind(listener)?,
+                };
+                reuseport::share(socket.as_fd()).map_err(other)?;
+                Ok(socket)
+            }
+            (Some(_), Some(first)) => {
+                let socket = listen::tcp_beside(first.as_fd(), listener.backlog).map_err(other)?;
+                set_mode(&socket, listener).map_err(other)?;
+                Ok(socket)
+            }
+            (Some(_), None) => Err(other(io::ErrorKind::NotConnected.into())),
+        }
+    }
+
+    /// Copies of what an instance in this slot inherits, in the order of the spec.
     ///
     /// # Errors
     /// EMFILE; a listener that is not open is a bug and an error too.
-    pub fn copies(&self, spec: &AppSpec) -> io::Result<Vec<OwnedFd>> {
+    pub fn copies(&self, spec: &AppSpec, slot: Slot) -> io::Result<Vec<OwnedFd>> {
+        let slot = spec.inherits_slots().then_some(slot);
         spec.listen
             .iter()
             .map(|listener| {
-                let key = (spec.name.clone(), listener.address.clone());
-                let socket = self.open.get(&key).ok_or(io::ErrorKind::NotConnected)?;
+                let place = Place { app: spec.name.clone(), address: listener.address.clone(), slot };
+                let socket = self.open.get(&place).ok_or(io::ErrorKind::NotConnected)?;
                 socket.as_fd().try_clone_to_owned()
             })
             .collect()
     }
 
+    /// Tells the kernel which slots of an app get connections.
+    pub fn steer(&self, app: &AppName, steering: &Steering) {
+        let mut groups: BTreeMap<&ListenAddress, Vec<(u32, &OwnedFd)>> = BTreeMap::new();
+        for (place, socket) in self.open.iter().filter(|(place, _)| place.app == *app) {
+            if let Some(slot) = place.slot {
+                groups.entry(&place.address).or_default().push((slot.0, socket));
+            }
+        }
+        for sockets in groups.into_values() {
+            steering.steer(app, sockets.into_iter());
+        }
+    }
+
     /// Closes those of the app that are not in `keep`; returns the keeper's names of what it has to close too.
     pub fn close(&mut self, app: &AppName, keep: Option<&AppSpec>) -> Vec<String> {
-        let stays = |address: &ListenAddress| {
-            keep.is_some_and(|spec| spec.listen.iter().any(|listener| listener.address == *address))
+        let stays = |place: &Place| {
+            keep.is_some_and(|spec| {
+                spec.inherits_slots() == place.slot.is_some()
+                    && spec.listen.iter().any(|listener| listener.address == place.address)
+            })
         };
-        let gone: Vec<ListenAddress> = self
-            .open
-            .keys()
-            .filter(|(owner, address)| owner == app && !stays(address))
-            .map(|(_, address)| address.clone())
-            .collect();
+        let gone: Vec<Place> =
+            self.open.keys().filter(|place| place.app == *app && !stays(place)).cloned().collect();
         gone.into_iter()
-            .map(|address| {
-                let name = Self::name(app, &address);
-                if let ListenAddress::Unix(path) = &address {
+            .map(|place| {
+                let name = Self::name(&place);
+                if let ListenAddress::Unix(path) = &place.address {
                     // A path that is left over would refuse the next bind; somebody may have removed it already.
                     let _ = std::fs::remove_file(path);
                 }
-                self.open.remove(&(app.clone(), address));
+                self.open.remove(&place);
                 name
             })
             .collect()
     }
+}
+
+fn copy(address: &ListenAddress, socket: &OwnedFd) -> Result<OwnedFd, OpenError> {
+    let copy = socket.as_fd().try_clone_to_owned();
+    copy.map_err(|source| OpenError::Other { address: address.to_string(), source })
+}
+
+fn set_mode(socket: &OwnedFd, listener: &ListenSpec) -> io::Result<()> {
+    let blocking = if listener.blocking { listen::set_blocking } else { listen::set_nonblocking };
+    blocking(socket.as_fd())
 }
 
 impl Listeners {

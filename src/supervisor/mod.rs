@@ -22,6 +22,7 @@ pub mod recovery;
 pub mod run;
 pub mod saver;
 pub mod shells;
+pub mod steering;
 pub mod tag;
 pub mod takeover;
 pub mod variables;

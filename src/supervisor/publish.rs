@@ -4,6 +4,7 @@
 //! connection nor a restart should wait for. The driver hands over plain values; this thread never touches the fleet.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,7 +24,7 @@ use crate::model::exit::ExitReason;
 use crate::model::figures::NodeFigures;
 use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, millis};
-use crate::model::spec::{AppSpec, ExecMode, Runtime};
+use crate::model::spec::{AppSpec, Balance, ExecMode, Runtime};
 use crate::model::status::Status;
 use crate::policy::vocabulary::{RunView, SlotView};
 use crate::sys::clock;
@@ -69,6 +70,8 @@ pub struct SlotInfo {
     pub unique_id: String,
     /// Addresses it is known to listen on.
     pub listen: Vec<String>,
+    /// The client address that makes most of the app's connections, where that counts.
+    pub crowd: Option<IpAddr>,
 }
 
 impl SlotInfo {
@@ -358,6 +361,15 @@ fn draining(run: &RunView, now: Moment) -> DrainingView {
     }
 }
 
+/// Behind a proxy every client has one address.
+fn crowd(slot: &SlotInfo) -> Option<String> {
+    let address = slot.crowd.filter(|_| slot.spec.balance == Balance::Sticky)?;
+    Some(format!(
+        "more than 80% of the connections come from {address}, and all of these go to one worker: behind a proxy use \
+         another balance, and let the proxy do what sticky is for"
+    ))
+}
+
 fn notes(slot: &SlotInfo) -> Vec<String> {
     let spec = &slot.spec;
     let mut notes = Vec::new();
@@ -378,5 +390,11 @@ fn notes(slot: &SlotInfo) -> Vec<String> {
                 .to_owned(),
         );
     }
+    if spec.is_node_cluster() && spec.balance == Balance::LeastConnections && !spec.has_agent() {
+        notes.push(
+            "least-connections needs the agent, which is not there: connections go by turns".to_owned(),
+        );
+    }
+    notes.extend(crowd(slot));
     notes
 }

@@ -7,6 +7,7 @@ mod start;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use super::listeners::{self, Listeners};
 use super::operations::Operations;
 use super::outcome::Witness;
 use super::publish::{Inside, SlotInfo};
+use super::steering::{self, Steering};
 use super::tag::{HomeMark, Tag};
 use super::variables::Variables;
 use crate::dispatch::{
@@ -39,6 +41,7 @@ use crate::model::id::{AppName, InstanceId, PmId};
 use crate::model::moment::{Moment, millis};
 use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
+use crate::node::messages::{common_key, split_slot_key};
 use crate::policy::fleet::{AppView, Fleet};
 use crate::policy::vocabulary::{Action, Event, IdleConnections, RequestsInFlight, SlotView};
 use crate::store::paths::Home;
@@ -140,6 +143,10 @@ pub struct World {
     recent: VecDeque<InstanceId>,
     /// The wall clock when the machine was booted, as of this supervisor's start; milliseconds since 1970.
     boot_ms: u64,
+    /// The address that makes most of an app's connections, where that counts.
+    crowds: HashMap<AppName, IpAddr>,
+    /// Which slots of apps with inherited listeners get connections.
+    steering: Steering,
     /// Why a `listen()` of these runs failed.
     listen_failures: HashMap<InstanceId, String>,
     /// The keeper has said that another one follows.
@@ -203,6 +210,8 @@ impl World {
             listen_timeouts: HashMap::new(),
             recent: VecDeque::new(),
             boot_ms: boot_ms_now(),
+            crowds: HashMap::new(),
+            steering: Steering::default(),
             listen_failures: HashMap::new(),
             successor_announced: false,
         }
@@ -301,7 +310,18 @@ impl World {
                     }
                 }
             }
-            Action::PutIn { id } => self.dispatch(Command::PutIn { id }),
+            Action::PutIn { id } => {
+                if self.runs.get(&id).is_some_and(|run| run.spec.inherits_slots()) {
+                    self.steering.put_in(&id);
+                    self.listeners.steer(&id.app, &self.steering);
+                    return Vec::new();
+                }
+                self.dispatch(Command::PutIn { id })
+            }
+            Action::TakeOut { id } if self.steering.is_in(&id) => {
+                self.leave_out(id);
+                Vec::new()
+            }
             Action::TakeOut { id } => {
                 if self.runs.get(&id).is_some_and(|run| run.channel) {
                     self.dispatch(Command::TakeOut { id })
@@ -363,6 +383,23 @@ impl World {
         Vec::new()
     }
 
+    /// Keeps new connections from an instance that inherits sockets of its slot, and lets it accept what it has.
+    fn leave_out(&mut self, id: InstanceId) {
+        let run = self.runs.get(&id);
+        let sockets = run.and_then(|run| self.listeners.copies(&run.spec, id.slot).ok()).unwrap_or_default();
+        let is_last = self.steering.take_out(&id);
+        self.listeners.steer(&id.app, &self.steering);
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            // Otherwise another instance of the slot accepts from them.
+            if is_last {
+                steering::emptied(sockets).await;
+            }
+            // Fails only when the driver has ended.
+            let _ = inputs.send(Input::Dispatch(DispatchEvent::Settled { id, unanswered: 0 }));
+        });
+    }
+
     fn ask_tree(&mut self, id: &InstanceId, op: TreeOp) {
         let Some(run) = self.runs.get(id) else { return };
         if let Some(process) = run.process {
@@ -391,22 +428,28 @@ impl World {
             .runs
             .iter()
             .filter(|(id, _)| id.app == *app)
-            .flat_map(|(_, run)| run.open.iter().map(|open| open.key.as_str()))
+            .flat_map(|(_, run)| run.open.iter().map(|open| group_of(&open.key)))
             .collect();
         let keys: Vec<String> = self
             .cluster_listeners
             .keys()
-            .filter(|(owner, key)| owner == app && !served.contains(key.as_str()))
+            .filter(|(owner, key)| owner == app && !served.contains(group_of(key)))
             .map(|(_, key)| key.clone())
             .collect();
-        for key in &keys {
-            self.cluster_listeners.remove(&(app.clone(), key.clone()));
-            self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, key) });
+        self.close_keys(app, keys);
+    }
+
+    fn close_keys(&mut self, app: &AppName, keys: Vec<String>) {
+        if keys.is_empty() {
+            return;
         }
-        if !keys.is_empty() {
-            self.changes += 1;
-            self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: Some(keys) });
+        // Before the keeper's copies: what waits in the socket of a slot is handed to others.
+        self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: Some(keys.clone()) });
+        for key in keys {
+            self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, &key) });
+            self.cluster_listeners.remove(&(app.clone(), key));
         }
+        self.changes += 1;
     }
 
     /// The last worker of an app has closed a listener that it had asked for. Most likely it is about to exit, and its
@@ -422,15 +465,17 @@ impl World {
 
     /// Closes a listener that no worker has open: its port is free for others, as with a genuine primary.
     pub fn close_if_unused(&mut self, app: &AppName, key: &str) {
-        let in_use =
-            self.runs.iter().any(|(id, run)| id.app == *app && run.open.iter().any(|open| open.key == key));
-        if in_use || self.cluster_listeners.remove(&(app.clone(), key.to_owned())).is_none() {
-            return;
+        let group = group_of(key);
+        let in_use = self
+            .runs
+            .iter()
+            .any(|(id, run)| id.app == *app && run.open.iter().any(|open| group_of(&open.key) == group));
+        if !in_use {
+            let unused =
+                self.cluster_listeners.keys().filter(|(owner, key)| owner == app && group_of(key) == group);
+            let keys = unused.map(|(_, key)| key.clone()).collect();
+            self.close_keys(app, keys);
         }
-        let keys = Some(vec![key.to_owned()]);
-        self.dispatch.send(Command::CloseListeners { app: app.clone(), keys });
-        self.changes += 1;
-        self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, key) });
     }
 
     fn forget(&mut self, id: &InstanceId) {
@@ -495,6 +540,9 @@ impl World {
                 };
                 let run = self.runs.get_mut(&id)?;
                 run.end.exited = true;
+                if self.steering.take_out(&id) {
+                    self.listeners.steer(&id.app, &self.steering);
+                }
                 self.finish_logs(&id);
                 Some(Event::Exited { id, reason: reason_of(status) })
             }
@@ -593,9 +641,7 @@ impl World {
                 Some(Event::Ready { id })
             }
             DispatchEvent::Opened { id, open, new, token } => {
-                if let Some(listener) = new
-                    && let Err(error) = self.hold_listener(&id.app, listener)
-                {
+                if let Err(error) = self.hold_listeners(&id.app, new) {
                     tracing::error!(instance = %id, %error, "cannot hold a listener");
                     self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR });
                     return None;
@@ -616,12 +662,12 @@ impl World {
                     listener.address = address;
                     self.changes += 1;
                 }
-                Some(Event::Listening { id, key })
+                Some(Event::Listening { id, key: common_key(&key).to_owned() })
             }
             DispatchEvent::ListenerClosed { id, key, left, token } => {
                 self.remember(&id, token, |run| run.open.retain(|known| known.key != key));
                 tracing::debug!(instance = %id, key, left, "listener closed");
-                Some(Event::ListenerClosed { id, key })
+                Some(Event::ListenerClosed { id, key: common_key(&key).to_owned() })
             }
             DispatchEvent::ListenFailed { id, address, errno } => {
                 let why = Listeners::why_not(&address, &io::Error::from_raw_os_error(errno));
@@ -659,6 +705,13 @@ impl World {
                 assert!(!panicked, "the dispatch thread has panicked");
                 None
             }
+            DispatchEvent::Crowd { app, address } => {
+                match address {
+                    Some(address) => self.crowds.insert(app, address),
+                    None => self.crowds.remove(&app),
+                };
+                None
+            }
             DispatchEvent::Online { .. }
             | DispatchEvent::Figures { .. }
             | DispatchEvent::UserMessage { .. }
@@ -675,17 +728,20 @@ impl World {
         self.unrecorded.push(token);
     }
 
-    fn hold_listener(&mut self, app: &AppName, listener: KeptListener) -> io::Result<()> {
-        let KeptListener { key, data, origin, socket } = listener;
-        let name = Listeners::key_name(app, &key);
-        match self.link.hold(&name, None, socket.as_fd()) {
-            // A keeper that is gone is no fault of the worker; the next one gets the listener from us.
-            Ok(()) | Err(LinkError::Closed) => {}
-            Err(error) => return Err(io::Error::other(error)),
+    fn hold_listeners(&mut self, app: &AppName, listeners: Vec<KeptListener>) -> io::Result<()> {
+        for listener in listeners {
+            let KeptListener { key, data, origin, socket } = listener;
+            let name = Listeners::key_name(app, &key);
+            match self.link.hold(&name, None, socket.as_fd()) {
+                // A keeper that is gone is no fault of the worker; the next one gets the listener from us.
+                Ok(()) | Err(LinkError::Closed) => {}
+                Err(error) => return Err(io::Error::other(error)),
+            }
+            let memo =
+                ListenerMemo { app: app.clone(), key: key.clone(), data, origin, address: String::new() };
+            self.cluster_listeners.insert((app.clone(), key), memo);
+            self.changes += 1;
         }
-        let memo = ListenerMemo { app: app.clone(), key: key.clone(), data, origin, address: String::new() };
-        self.cluster_listeners.insert((app.clone(), key), memo);
-        self.changes += 1;
         Ok(())
     }
 
@@ -753,6 +809,7 @@ impl World {
             username: self.username.clone(),
             unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
             listen: self.addresses(spec),
+            crowd: self.crowds.get(&spec.name).copied(),
             view,
         }
     }
@@ -761,13 +818,19 @@ impl World {
         if !spec.is_node_cluster() {
             return spec.listen.iter().map(|listener| listener.address.to_string()).collect();
         }
-        self.cluster_listeners
-            .iter()
-            .filter(|((app, _), listener)| *app == spec.name && !listener.address.is_empty())
-            .map(|(_, listener)| {
-                configured(spec, &listener.address).unwrap_or_else(|| listener.address.clone())
-            })
-            .collect()
+        let mut addresses: Vec<String> = Vec::new();
+        for ((app, _), listener) in &self.cluster_listeners {
+            let address = &listener.address;
+            if *app != spec.name || address.is_empty() {
+                continue;
+            }
+            let address = configured(spec, address).unwrap_or_else(|| address.clone());
+            // The sockets of all slots have one address.
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        addresses
     }
 
     /// Tells the service manager, through the keeper.
@@ -876,6 +939,11 @@ impl Witness for World {
     fn listen_timeout(&self, app: &AppName) -> Option<Duration> {
         self.listen_timeouts.get(app).copied()
     }
+}
+
+/// Sockets that are used or unused together: those of all slots, or the one that all slots share.
+fn group_of(key: &str) -> &str {
+    split_slot_key(key).map_or(key, |(common, _)| &key[..=common.len()])
 }
 
 /// The configured address behind `fd 3`, as a worker calls it that listens on one of LISTEN_FDS.

@@ -46,13 +46,28 @@ pub fn tcp_any(port: u16, backlog: u32) -> io::Result<OwnedFd> {
     }
 }
 
-/// Whether others may bind the same UDP address.
+/// Listens where a TCP socket of ours listens already, beside it ([`super::reuseport::share`]).
+///
+/// # Errors
+/// As [`tcp`]; EADDRINUSE when the other socket does not share.
+pub fn tcp_beside(other: BorrowedFd<'_>, backlog: u32) -> io::Result<OwnedFd> {
+    let address = local_address(other)?.ok_or(io::ErrorKind::InvalidInput)?;
+    let v6_only = address.is_ipv6() && SockRef::from(&other).only_v6()?;
+    let socket =
+        bound(address, if v6_only { Stack::V6Only } else { Stack::Dual }, Type::STREAM, Reuse::Port)?;
+    socket.listen(clamp(backlog))?;
+    Ok(socket.into())
+}
+
+/// Whether others may bind the same address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reuse {
     /// SO_REUSEADDR off.
     No,
     /// SO_REUSEADDR on.
     Address,
+    /// SO_REUSEADDR and SO_REUSEPORT on.
+    Port,
 }
 
 /// Binds a UDP socket.
@@ -178,8 +193,11 @@ pub fn set_nodelay(listener: BorrowedFd<'_>) -> io::Result<()> {
 
 fn bound(address: SocketAddr, stack: Stack, kind: Type, reuse: Reuse) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
-    if reuse == Reuse::Address {
+    if reuse != Reuse::No {
         socket.set_reuse_address(true)?;
+    }
+    if reuse == Reuse::Port {
+        socket.set_reuse_port(true)?;
     }
     if address.is_ipv6() {
         socket.set_only_v6(stack == Stack::V6Only)?;

@@ -19,6 +19,7 @@ pub mod pidfd;
 pub mod pipe;
 pub mod poll;
 pub mod procfs;
+pub mod reuseport;
 pub mod scm;
 pub mod spawn;
 pub mod tree;

@@ -10,6 +10,7 @@
 
 mod agent;
 mod bad_input;
+mod balance;
 mod config_keys;
 mod crash;
 mod crash_daemon;

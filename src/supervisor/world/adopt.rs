@@ -15,6 +15,7 @@ use crate::keeper::wire::{ChildState, HeldFds, ToKeeper};
 use crate::model::id::{AppName, InstanceId, Slot};
 use crate::model::saved::{Found, SavedFleet};
 use crate::model::spec::AppSpec;
+use crate::node::messages::split_slot_key;
 use crate::supervisor::listeners::Listeners;
 use crate::supervisor::ready;
 use crate::sys::procfs::ProcessId;
@@ -90,6 +91,7 @@ impl World {
             });
             self.take_over(child, tag, spec.clone(), memo, &mut legacy.held);
         }
+        self.adopt_steering();
         self.write_pid_files();
         // Left by a run that was forgotten, or by an app that was deleted, in the instant its supervisor died: a port
         // that nobody serves must not stay taken.
@@ -118,6 +120,14 @@ impl World {
         }
     }
 
+    /// The kernel still does as it was told; those that run are told to it again as soon as one of them comes or goes.
+    fn adopt_steering(&mut self) {
+        let running = self.runs.iter().filter(|(_, run)| run.spec.inherits_slots() && !run.end.exited);
+        for (id, _) in running {
+            self.steering.put_in(id);
+        }
+    }
+
     fn adopt_cluster_listeners(&mut self, legacy: &mut Legacy) {
         for memo in legacy.listeners.drain(..) {
             let Some(socket) = legacy.held.remove(&Listeners::key_name(&memo.app, &memo.key)) else {
@@ -136,7 +146,9 @@ impl World {
         let open = self
             .cluster_listeners
             .keys()
-            .filter(|(app, _)| *app == id.app)
+            .filter(|(app, key)| {
+                *app == id.app && split_slot_key(key).is_none_or(|(_, slot)| slot == id.slot.0)
+            })
             // No query has this number, so none is mistaken for one that was answered.
             .map(|(_, key)| OpenListener {
                 key: key.clone(),

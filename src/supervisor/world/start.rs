@@ -19,7 +19,7 @@ use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{Attachment, Pipe};
 use crate::logs::stamp::Stamp;
 use crate::logs::writer::Target;
-use crate::model::id::{InstanceId, PmId};
+use crate::model::id::{InstanceId, PmId, Slot};
 use crate::model::spec::{AppSpec, Runtime, Stdin};
 use crate::policy::vocabulary::Retry;
 use crate::store::state::Shell;
@@ -108,8 +108,8 @@ impl World {
         };
         let launch = launch::launch(spec, shell, &role).map_err(|error| NotStarted::missing(&error))?;
         let env = launch.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        self.open_listeners(spec)?;
-        let mut ends = self.ends(spec)?;
+        self.open_listeners(spec, id.slot)?;
+        let mut ends = self.ends(spec, id.slot)?;
         let notify_path = notify
             .as_ref()
             .filter(|socket| !socket.name.starts_with('@'))
@@ -137,8 +137,13 @@ impl World {
         Ok(())
     }
 
-    fn open_listeners(&mut self, spec: &AppSpec) -> Result<(), NotStarted> {
-        for opened in self.listeners.open(spec).map_err(|error| NotStarted::missing(&error))? {
+    fn open_listeners(&mut self, spec: &AppSpec, slot: Slot) -> Result<(), NotStarted> {
+        let opened = self.listeners.open(spec, slot).map_err(|error| NotStarted::missing(&error))?;
+        if spec.inherits_slots() && !opened.is_empty() {
+            // A group that grows keeps its program; one that has just begun has none.
+            self.listeners.steer(&spec.name, &self.steering);
+        }
+        for opened in opened {
             match self.link.hold(&opened.name, None, opened.socket.as_fd()) {
                 // As with the start itself: the next keeper gets it from us.
                 Ok(()) | Err(LinkError::Closed) => {}
@@ -148,7 +153,7 @@ impl World {
         Ok(())
     }
 
-    fn ends(&self, spec: &AppSpec) -> Result<Ends, NotStarted> {
+    fn ends(&self, spec: &AppSpec, slot: Slot) -> Result<Ends, NotStarted> {
         let pipes = NotStarted::kernel("make pipes");
         let mut ends = Ends { child: Vec::new(), ours: Vec::new() };
         match spec.stdin {
@@ -166,7 +171,7 @@ impl World {
         }
         let wanted = Descriptors::of(spec);
         if wanted.listeners > 0 {
-            ends.child.extend(self.listeners.copies(spec).map_err(&pipes)?);
+            ends.child.extend(self.listeners.copies(spec, slot).map_err(&pipes)?);
         }
         if wanted.channel {
             let (ours, theirs) = pipe::channel_pair().map_err(&pipes)?;
@@ -238,8 +243,13 @@ impl World {
         }
         if let Some(channel) = parts.channel {
             let kind = if spec.is_node_cluster() {
-                let configured =
-                    self.listeners.copies(&spec).unwrap_or_default().into_iter().map(Arc::new).collect();
+                let configured = self
+                    .listeners
+                    .copies(&spec, id.slot)
+                    .unwrap_or_default()
+                    .into_iter()
+                    .map(Arc::new)
+                    .collect();
                 ChannelKind::Cluster { balance: spec.balance, configured }
             } else {
                 ChannelKind::Plain
