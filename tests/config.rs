@@ -86,9 +86,12 @@ impl Place {
     /// The spec of one app with these lines, and `script = "server.js"` unless they have one.
     fn app(&self, lines: &str) -> AppSpec {
         let script = if lines.contains("script") { "" } else { "script = \"server.js\"\n" };
-        let resolved = self.resolve(&format!("[[apps]]\n{script}{lines}"), &self.context());
+        // Whom it may depend on.
+        let db =
+            if lines.contains("depends_on") { "\n[[apps]]\nname = 'db'\nscript = 'server.js'\n" } else { "" };
+        let resolved = self.resolve(&format!("[[apps]]\n{script}{lines}{db}"), &self.context());
         let mut resolved = resolved.unwrap_or_else(|error| panic!("{lines}:\n{error}"));
-        assert_eq!(resolved.len(), 1);
+        resolved.truncate(1);
         assert_eq!(resolved[0].warnings, [] as [String; 0], "{lines}");
         resolved.remove(0).spec
     }

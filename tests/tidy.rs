@@ -36,7 +36,20 @@ const LAYERS: &[(&str, &[&str])] = &[
             "ipc::protocol",
         ],
     ),
-    ("cli", &["model", "config", "ipc", "store::paths", "store::environment", "store::state", "logs", "sys"]),
+    (
+        "cli",
+        &[
+            "model",
+            "config",
+            "ipc",
+            "store::paths",
+            "store::environment",
+            "store::events",
+            "store::state",
+            "logs",
+            "sys",
+        ],
+    ),
     (
         "daemon",
         &[

@@ -17,6 +17,7 @@ What happens to an app that is online:
   start FILE        if changed    yes        yes           none *
   reload NAME       yes           yes        no            none *
   reload FILE       yes           yes        yes           none *
+  apply FILE        if needed     yes        yes           none *
   restart NAME      yes           yes        no            yes
   stop              ends          -          -             yes
   scale             added only    yes        no            none
@@ -24,7 +25,7 @@ What happens to an app that is online:
   --update-env makes restart and reload take the environment of your shell.
 
 Exit codes: 0 done or already so, 1 failed, 2 wrong usage or config, 3 no such app,
-4 daemon not reachable or not answering, 5 busy, 70 internal error.";
+4 daemon not reachable or not answering, 5 busy, 6 `apply --check` found changes, 70 internal error.";
 
 /// Keeps apps up and ships new versions without losing a request.
 #[derive(Debug, Parser)]
@@ -81,6 +82,8 @@ pub enum Command {
     /// Replace instances one by one, without losing a request
     #[command(aliases = ["startOrReload", "startOrGracefulReload"], arg_required_else_help = true)]
     Reload(ActFile),
+    /// Make apps what a config file says: shows what changes, then changes that and nothing else
+    Apply(Apply),
     /// Stop apps and forget them
     #[command(visible_alias = "del", arg_required_else_help = true)]
     Delete(Act),
@@ -97,12 +100,14 @@ pub enum Command {
     /// Show the logs of apps and follow them
     #[command(alias = "log")]
     Logs(Logs),
+    /// Show what has happened to apps: starts, exits, reloads step by step
+    Events(Events),
     /// Change the number of instances of an app
     #[command(arg_required_else_help = true)]
     Scale(Scale),
     /// Print the environment of an instance, secrets included
     #[command(arg_required_else_help = true)]
-    Env(OneTarget),
+    Env(Env),
     /// Print the ids of an app, as a JavaScript array
     #[command(arg_required_else_help = true)]
     Id(OneTarget),
@@ -293,6 +298,39 @@ pub struct ActFile {
     pub waiting: Waiting,
 }
 
+/// `env`.
+#[derive(Debug, Args)]
+pub struct Env {
+    /// A name or an id
+    pub target: String,
+    /// Show what the next start would change in it: env files are read anew, and the config file is compared
+    #[arg(long)]
+    pub diff: bool,
+}
+
+/// `apply`.
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// The config file
+    #[arg(default_value = "ecosystem.toml")]
+    pub file: String,
+    /// Remove apps that came from this file and are not in it any more
+    #[arg(long, conflicts_with = "only")]
+    pub prune: bool,
+    /// Show what would change, change nothing, and exit with 6 if anything would
+    #[arg(long)]
+    pub check: bool,
+    /// Show what would change and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// What to take from it.
+    #[command(flatten)]
+    pub options: FileOptions,
+    /// Whether to wait.
+    #[command(flatten)]
+    pub waiting: Waiting,
+}
+
 /// `list`.
 #[derive(Debug, Args)]
 pub struct List {
@@ -347,6 +385,22 @@ pub struct Logs {
     /// Print lines as the app wrote them
     #[arg(long)]
     pub raw: bool,
+}
+
+/// `events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// Names, ids, namespaces, /regex/ [default: all]
+    pub targets: Vec<String>,
+    /// Begin this long ago (`10m`, `1h 30m`) or at this time (`08:00`, `2026-11-21 08:00`) [default: with the oldest]
+    #[arg(long, value_name = "WHEN")]
+    pub since: Option<String>,
+    /// Show the last N only
+    #[arg(short = 'n', long, value_name = "N")]
+    pub lines: Option<usize>,
+    /// Go on with what happens next
+    #[arg(short, long)]
+    pub follow: bool,
 }
 
 /// `scale`.

@@ -23,6 +23,8 @@ pub mod code {
     pub const NO_DAEMON: u8 = 4;
     /// Refused because something else is going on.
     pub const BUSY: u8 = 5;
+    /// `--check` found something that would change.
+    pub const CHANGES: u8 = 6;
     /// A bug.
     pub const INTERNAL: u8 = 70;
 }

@@ -1,7 +1,7 @@
 //! From options and files of the command line to specs: the bridge to the config layer.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::args::{AppOptions, FileOptions};
 use super::error::CliError;
@@ -14,6 +14,7 @@ use crate::config::listen::{BadAddress, ListenText};
 use crate::config::overrides::{self, Overrides};
 use crate::config::resolve::{self, Resolved};
 use crate::config::{paths, units, words};
+use crate::model::id::AppName;
 use crate::model::spec::{AppSpec, Balance, ExecMode};
 
 /// What the command line says beside the target.
@@ -105,6 +106,74 @@ impl Wishes {
         self.overrides.name.is_some()
     }
 
+    /// An app that exists, with what the command line names laid over it: what was said at an earlier start holds until
+    /// something else is said. `new` is what the command line alone would make.
+    #[must_use]
+    pub fn laid_over(&self, known: &AppSpec, new: AppSpec) -> AppSpec {
+        // Taken apart in full: an option that is added has to be laid over something.
+        let Overrides {
+            name: _,
+            namespace,
+            only: _,
+            instances,
+            exec_mode,
+            cwd,
+            interpreter,
+            interpreter_args,
+            args,
+            listen,
+            wait_ready,
+            listen_timeout,
+            kill_timeout,
+            kill_signal,
+            shutdown_with_message,
+            out_file,
+            error_file,
+            merge_logs,
+            time,
+            log_date_format,
+            max_restarts,
+            restart_delay,
+            exp_backoff_restart_delay,
+            stop_exit_codes,
+            autorestart,
+            autostart,
+        } = &self.overrides;
+        let mut spec = known.clone();
+        let another = known.command.script != new.command.script;
+        if another || interpreter.is_some() {
+            let before = std::mem::replace(&mut spec.command, new.command.clone());
+            (spec.command.args, spec.command.interpreter_args) = (before.args, before.interpreter_args);
+        }
+        take(&mut spec.command.args, &new.command.args, args.is_some());
+        take(&mut spec.command.interpreter_args, &new.command.interpreter_args, interpreter_args.is_some());
+        take(&mut spec.namespace, &new.namespace, namespace.is_some());
+        take(&mut spec.cwd, &new.cwd, cwd.is_some());
+        take(&mut spec.listen, &new.listen, !listen.is_empty());
+        take(&mut spec.instances, &new.instances, instances.is_some());
+        // A number or an address makes an app a cluster, unless it was several forks by its own wish.
+        let several_forks = known.mode == ExecMode::Fork && known.instances > 1;
+        let by_number = (instances.is_some() || !listen.is_empty()) && !several_forks;
+        take(&mut spec.mode, &new.mode, exec_mode.is_some() || by_number);
+        take(&mut spec.ready.wait_ready, &new.ready.wait_ready, wait_ready.is_some());
+        take(&mut spec.ready.listen_timeout, &new.ready.listen_timeout, listen_timeout.is_some());
+        take(&mut spec.stop.timeout, &new.stop.timeout, kill_timeout.is_some());
+        take(&mut spec.stop.signal, &new.stop.signal, kill_signal.is_some());
+        take(&mut spec.stop.with_message, &new.stop.with_message, shutdown_with_message.is_some());
+        take(&mut spec.logs.out_file, &new.logs.out_file, out_file.is_some());
+        take(&mut spec.logs.error_file, &new.logs.error_file, error_file.is_some());
+        take(&mut spec.logs.merge, &new.logs.merge, merge_logs.is_some());
+        take(&mut spec.logs.date_format, &new.logs.date_format, time.is_some() || log_date_format.is_some());
+        take(&mut spec.restart.max_restarts, &new.restart.max_restarts, max_restarts.is_some());
+        take(&mut spec.restart.restart_delay, &new.restart.restart_delay, restart_delay.is_some());
+        take(&mut spec.restart.backoff_base, &new.restart.backoff_base, exp_backoff_restart_delay.is_some());
+        take(&mut spec.restart.stop_exit_codes, &new.restart.stop_exit_codes, stop_exit_codes.is_some());
+        take(&mut spec.restart.autorestart, &new.restart.autorestart, autorestart.is_some());
+        take(&mut spec.autostart, &new.autostart, autostart.is_some());
+        take(&mut spec.balance, &new.balance, self.balance.is_some());
+        spec
+    }
+
     /// The specs of a config file. Warnings are printed.
     ///
     /// # Errors
@@ -115,7 +184,20 @@ impl Wishes {
         let file = file::load(Path::new(path), &context.cwd).map_err(|error| failed(&error))?;
         let resolved =
             resolve::resolve_file(&file, &self.overrides, &context).map_err(|error| failed(&error))?;
-        Ok(FileSpecs { apps: self.accept(resolved, terminal)?, start_parallelism: file.start_parallelism })
+        Ok(FileSpecs::of(&file, self.accept(resolved, terminal)?))
+    }
+
+    /// The specs of a config file, whose warnings were printed when it was started.
+    ///
+    /// # Errors
+    /// Every problem of the file.
+    pub fn read_quietly(&self, path: &Path) -> Result<FileSpecs, CliError> {
+        let failed = |error: &ConfigError| config_error(format!("cannot read {}", path.display()), error);
+        let context = self.context()?;
+        let file = file::load(path, &context.cwd).map_err(|error| failed(&error))?;
+        let resolved =
+            resolve::resolve_file(&file, &self.overrides, &context).map_err(|error| failed(&error))?;
+        Ok(FileSpecs::of(&file, resolved.into_iter().map(|resolved| resolved.spec).collect()))
     }
 
     /// The spec of a script, binary or shell line. Warnings are printed.
@@ -183,6 +265,12 @@ pub fn is_config(target: &str) -> bool {
     matches!(file::classify(target), Argument::Config | Argument::ForeignConfig)
 }
 
+fn take<T: Clone>(old: &mut T, new: &T, is_named: bool) {
+    if is_named {
+        old.clone_from(new);
+    }
+}
+
 /// The names in `--only "a, b"`.
 fn names(only: Option<&str>) -> Vec<String> {
     // Names may contain spaces; where there is a comma, only commas separate.
@@ -235,6 +323,22 @@ pub struct FileSpecs {
     pub apps: Vec<AppSpec>,
     /// How many instances may launch at once, if it says so.
     pub start_parallelism: Option<u32>,
+    /// The names of all apps of the file, also of those that were not chosen.
+    pub all: Vec<AppName>,
+    /// The file, absolute, symlinks unresolved.
+    pub path: PathBuf,
+}
+
+impl FileSpecs {
+    fn of(file: &file::File, apps: Vec<AppSpec>) -> Self {
+        let names = file.apps.iter().filter_map(|app| AppName::new(&app.display_name()?).ok());
+        Self {
+            apps,
+            start_parallelism: file.start_parallelism,
+            all: names.collect(),
+            path: file.path().to_owned(),
+        }
+    }
 }
 
 impl Context {

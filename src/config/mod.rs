@@ -10,6 +10,7 @@
 pub mod app;
 pub mod balance;
 mod command;
+mod depends;
 pub mod error;
 pub mod file;
 pub mod listen;

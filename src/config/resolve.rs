@@ -11,7 +11,7 @@ use super::app::{AppConfig, Instances, Variables};
 use super::error::{At, ConfigError, Place, Problem, Source, quoted};
 use super::file::File;
 use super::overrides::Overrides;
-use super::{balance, command, listen, paths};
+use super::{balance, command, depends, listen, paths};
 use crate::model::id::AppName;
 use crate::model::spec::{
     AppSpec, Balance, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
@@ -78,6 +78,7 @@ pub fn resolve_file(
     context: &Context,
 ) -> Result<Vec<Resolved>, ConfigError> {
     let mut problems = twice_named(&file.apps);
+    problems.extend(depends::check(file));
     let apps = select(file, &overrides.only, &mut problems);
     if apps.len() > 1 && overrides.name.is_some() {
         problems.push(

@@ -233,7 +233,7 @@ impl Dispatcher {
             match reuseport::steer(socket.socket.as_fd(), &chosen) {
                 Ok(()) => group.steered.clone_from(&chosen),
                 Err(error) => {
-                    tracing::error!(%error, key = group.common, "cannot steer connections to slots")
+                    tracing::error!(%error, key = group.common, "cannot steer connections to slots");
                 }
             }
         }

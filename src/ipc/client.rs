@@ -13,7 +13,7 @@ use interprocess::local_socket::prelude::*;
 use interprocess::local_socket::{ConnectOptions, GenericFilePath, Stream};
 
 use super::codec::{self, CodecError};
-use super::protocol::{Answer, Call, Line, Refused, Reply, Request, StepView, VERSION};
+use super::protocol::{Answer, Call, Line, PlanView, Refused, Reply, Request, StepView, VERSION};
 use crate::model::id::OpId;
 
 /// How long connecting may take, where the queue of a daemon that does not accept is full.
@@ -43,6 +43,8 @@ impl fmt::Debug for Connection {
 pub enum Heard {
     /// Words before it acts.
     Notice(String),
+    /// What is going to be done.
+    Plan(Box<PlanView>),
     /// A step.
     Step(Box<StepView>),
 }
@@ -107,6 +109,7 @@ impl Connection {
             let heard = match line.reply {
                 Reply::Alive => continue,
                 Reply::Notice(text) => Heard::Notice(text),
+                Reply::Plan(plan) => Heard::Plan(Box::new(plan)),
                 Reply::Progress(step) => Heard::Step(Box::new(step)),
                 Reply::Answer(answer) => return Ok(Ended::Answer(Box::new(answer))),
                 Reply::Refused(refused) => return Ok(Ended::Refused(refused)),

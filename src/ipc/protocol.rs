@@ -76,6 +76,24 @@ pub enum Request {
         /// The caller's environment, scrubbed.
         shell: BTreeMap<String, String>,
     },
+    /// Make the apps of a file what it says. Says `Plan` first, then acts and answers `Operation`; with `act: false`
+    /// answers `Plan` and does nothing.
+    Apply {
+        /// The chosen ones of its apps, in its order.
+        specs: Vec<AppSpec>,
+        /// Every app of the file.
+        all: Vec<AppName>,
+        /// The file, as in the origin of its apps.
+        file: PathBuf,
+        /// Remove apps that came from it and are not in it any more.
+        prune: bool,
+        /// Whether to do it.
+        act: bool,
+        /// The caller's environment, scrubbed: for apps that are new.
+        shell: BTreeMap<String, String>,
+        /// Do not mask values of the environment in the plan.
+        show_env: bool,
+    },
     /// Act on what exists. Answers `Operation`.
     Act {
         /// What to do.
@@ -100,6 +118,12 @@ pub enum Request {
     Reset {
         /// As in `List`.
         targets: Vec<String>,
+    },
+    /// What the next start of one instance would change in its environment, never masked: env files are read anew. pm's
+    /// own variables, which differ for each run, are left out. Answers `EnvDiff`.
+    EnvDiff {
+        /// An id, or a name (its first slot).
+        target: String,
     },
     /// The environment of one instance, never masked. Answers `Env`.
     Env {
@@ -165,6 +189,8 @@ pub enum Reply {
     Alive,
     /// Words for people before an operation acts: "this is not zero-downtime, because …".
     Notice(String),
+    /// What `Apply` is about to do.
+    Plan(PlanView),
     /// A step of the operation.
     Progress(StepView),
     /// The end: what was asked for.
@@ -194,6 +220,15 @@ pub enum Answer {
     Raw(Box<RawValue>),
     /// To everything that changes something.
     Operation(OperationView),
+    /// To `Apply` that does nothing.
+    Plan(PlanView),
+    /// To `EnvDiff`.
+    EnvDiff {
+        /// Whose instance.
+        app: AppName,
+        /// The variables that differ; empty where nothing runs.
+        changes: Vec<KeyChange>,
+    },
     /// To `Env`.
     Env(BTreeMap<String, String>),
     /// To `Save`.
@@ -316,6 +351,65 @@ pub struct Failure {
     pub replaced: Vec<Slot>,
     /// Slots that still run the old one.
     pub kept: Vec<Slot>,
+}
+
+/// What `Apply` does, or would do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlanView {
+    /// Whether anything changes.
+    pub changes: bool,
+    /// One per app, in the order in which they begin.
+    pub apps: Vec<PlannedApp>,
+    /// Apps that came from the file, are not in it any more, and stay.
+    pub left_over: Vec<AppName>,
+}
+
+/// What is to become of one app.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedApp {
+    /// Which.
+    pub app: AppName,
+    /// What is done.
+    pub measure: Measure,
+    /// How many instances it has afterwards; 0 where it is removed.
+    pub instances: u32,
+    /// Why: the keys that differ.
+    pub changes: Vec<KeyChange>,
+    /// Why, where no key says it; "it is down".
+    pub note: Option<String>,
+}
+
+/// What is done to an app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Measure {
+    /// It goes.
+    Remove,
+    /// It is new.
+    Create,
+    /// Instances that are down are started.
+    Start,
+    /// Every process is replaced, without a gap.
+    Reload,
+    /// Every process is replaced, with downtime.
+    Restart,
+    /// Instances are added or removed.
+    Scale,
+    /// Its rules change, its processes stay.
+    Update,
+    /// Nothing.
+    Unchanged,
+}
+
+/// A key of the config that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyChange {
+    /// Its name; `env.PORT` for a variable.
+    pub key: String,
+    /// `None` where it was not set. Values of variables may be [`MASK`].
+    pub old: Option<String>,
+    /// `None` where it is not set any more.
+    pub new: Option<String>,
 }
 
 /// The table.

@@ -127,6 +127,9 @@ pub struct SlotMemo {
     /// It was stopped, and that could not be saved yet.
     #[serde(default)]
     pub stop_unsaved: bool,
+    /// Its next run is a start from rest, which waits for what the app depends on.
+    #[serde(default)]
+    pub gated: bool,
 }
 
 /// What is remembered of an instance.

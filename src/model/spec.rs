@@ -367,6 +367,17 @@ pub enum Dependency {
     Ready,
 }
 
+impl Dependency {
+    /// As it is written in the config file.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Ready => "ready",
+        }
+    }
+}
+
 /// How an instance is ended: the stop ladder's parameters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopRules {

@@ -25,6 +25,8 @@ pub(super) enum Ask {
     Restart { slots: Slots, spec: Option<Arc<AppSpec>> },
     /// Replaced one by one.
     Reload { slots: Slots, spec: Option<Arc<AppSpec>> },
+    /// Other rules or another number of slots, for the processes that run.
+    Adjust { spec: Arc<AppSpec> },
     /// Down and forgotten.
     Delete,
     /// Another number of slots.
@@ -110,11 +112,13 @@ pub(super) fn verdict(running: Option<Kind>, ask: &Ask, release: Release) -> Ver
         | (Ask::StartSpec { .. }, Kind::Delete, _)
         | (Ask::StartName { .. }, Kind::Restart | Kind::Reload | Kind::Scale | Kind::Delete, _) => Busy,
 
-        (Ask::Scale { .. }, Kind::Scale, Release::Same) => Join,
-        (Ask::Scale { .. }, Kind::Scale, Release::Other)
-        | (Ask::Scale { .. }, Kind::Start | Kind::Restart | Kind::Reload | Kind::Stop | Kind::Delete, _) => {
-            Busy
-        }
+        (Ask::Scale { .. } | Ask::Adjust { .. }, Kind::Scale, Release::Same) => Join,
+        (Ask::Scale { .. } | Ask::Adjust { .. }, Kind::Scale, Release::Other)
+        | (
+            Ask::Scale { .. } | Ask::Adjust { .. },
+            Kind::Start | Kind::Restart | Kind::Reload | Kind::Stop | Kind::Delete,
+            _,
+        ) => Busy,
 
         (Ask::Resurrect { .. }, _, _) => Already,
     }

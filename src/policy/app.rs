@@ -15,8 +15,10 @@ use crate::model::spec::{AppSpec, ListenSpec};
 
 use super::admit::{Ask, Kind};
 use super::batch::{RequestKey, Requests};
+use super::depends::{Graph, Standing};
 use super::instance::{Phase, Run, START_SETTLE};
 use super::ledger::{After, Ledger, Serial};
+use super::news::{News, Subject, What};
 use super::operation::{Operation, Stage};
 use super::slot::{Rest, SlotState};
 use super::stop::{Cause, Descent};
@@ -30,7 +32,13 @@ pub(super) struct Shared {
     pub(super) now: Moment,
     /// What is to be done, in order.
     pub(super) actions: Vec<Action>,
+    /// What has happened since the news were last taken.
+    pub(super) news: Vec<News>,
     pub(super) ledger: Ledger,
+    /// Which apps need which.
+    pub(super) graph: Graph,
+    /// How far the neighbours of the app are that is being looked after.
+    pub(super) standings: BTreeMap<AppName, Standing>,
     pub(super) requests: Requests,
     /// Runs that wait for their turn to launch.
     pub(super) queue: VecDeque<InstanceId>,
@@ -60,8 +68,14 @@ pub(super) struct App {
     pub(super) next: Option<(Ask, Vec<RequestKey>)>,
     /// Listeners may be open.
     pub(super) listening: bool,
+    /// How far it was when its neighbours were last looked after because of it.
+    pub(super) told: Option<Standing>,
+    /// What it said last that it waits for.
+    pub(super) waits_for: Vec<AppName>,
     /// Steps of this turn that have not been reported yet.
     pub(super) steps: Vec<Step>,
+    /// Likewise what happened in this turn.
+    pub(super) news: Vec<(Option<Subject>, What)>,
     /// Kept by `refresh`, so that a turn looks at one number per app and not at every run of a large fleet.
     pub(super) due: Option<Moment>,
     /// Likewise: how many runs take a launch place.
@@ -76,7 +90,10 @@ impl App {
             operation: None,
             next: None,
             listening: false,
+            told: None,
+            waits_for: Vec::new(),
             steps: Vec::new(),
+            news: Vec::new(),
             due: None,
             launching: 0,
         }
@@ -107,13 +124,32 @@ impl App {
     }
 
     pub(super) fn step(&mut self, id: &InstanceId, pm_id: PmId, kind: StepKind) {
+        self.happened(id, pm_id, What::Step(kind.clone()));
         if self.operation.is_some() {
             self.steps.push(Step { id: id.clone(), pm_id, kind });
         }
     }
 
+    /// Notes what happened to a run.
+    pub(super) fn happened(&mut self, id: &InstanceId, pm_id: PmId, what: What) {
+        let pid = self.run_mut(id).and_then(|run| run.pid);
+        self.news.push((Some(Subject { id: id.clone(), pm_id, pid }), what));
+    }
+
+    fn flush_news(&mut self, shared: &mut Shared) {
+        if self.news.is_empty() {
+            return;
+        }
+        let client = self.operation.as_ref().and_then(|operation| operation.clients.first());
+        let op = client.and_then(|key| shared.requests.op(*key));
+        let (at, app) = (shared.now, &self.name);
+        let news = self.news.drain(..).map(|(run, what)| News { at, op, app: app.clone(), run, what });
+        shared.news.extend(news);
+    }
+
     /// Reports the steps of this turn to everybody who asked for the operation.
     pub(super) fn flush_steps(&mut self, shared: &mut Shared) {
+        self.flush_news(shared);
         let steps = std::mem::take(&mut self.steps);
         let Some(operation) = &self.operation else { return };
         for step in steps {
@@ -143,6 +179,8 @@ impl App {
     /// Every slot that is wanted has a state.
     pub(super) fn sync(&mut self, shared: &Shared) {
         let Some(app) = shared.ledger.wanted.app(&self.name) else { return };
+        // A new app starts from rest, and what is added while it waits for others waits with it.
+        let gated = self.slots.values().all(SlotState::is_at_rest);
         for (index, saved) in app.slots.iter().enumerate() {
             let slot = slot_at(index);
             let state = self.slots.entry(slot).or_insert_with(|| {
@@ -151,7 +189,9 @@ impl App {
                     Desired::Running => Rest::Due,
                     Desired::Stopped => Rest::Stopped,
                 };
-                SlotState::new(saved.pm_id, shared.now, rest, next)
+                let mut state = SlotState::new(saved.pm_id, shared.now, rest, next);
+                state.gated = gated && rest == Rest::Due;
+                state
             });
             // A slot that was given up and came back while its last run was still leaving has a new number.
             state.pm_id = saved.pm_id;
@@ -181,6 +221,7 @@ impl App {
                 shared.actions.push(Action::PutIn { id: id.clone() });
             }
             self.step(&id, pm_id, StepKind::Ready { after });
+            self.happened(&id, pm_id, What::InRotation);
             self.became_ready(&id);
         }
     }
@@ -215,17 +256,27 @@ impl App {
                     }
                 }
                 Some(Desired::Stopped) => {
-                    self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
+                    self.take_down(slot, shared);
                     if let Some(state) = self.slots.get_mut(&slot) {
-                        (state.rest, state.ended) = (Rest::Stopped, None);
+                        // What it was done with when it ended by itself stays known.
+                        if state.rest != Rest::Stopped || !state.runs.is_empty() {
+                            (state.rest, state.ended) = (Rest::Stopped, None);
+                        }
+                        state.gated = false;
                     }
                 }
-                Some(Desired::Running) if shared.ending => {
-                    self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
-                }
+                Some(Desired::Running) if shared.ending => self.take_down(slot, shared),
                 Some(Desired::Running) => self.start_if_due(slot, shared),
             }
         }
+    }
+
+    /// Ends what runs in a slot, unless others that go down too still need it. What has no process yet never gets one.
+    fn take_down(&mut self, slot: Slot, shared: &mut Shared) {
+        let needed = self.is_needed_still(shared);
+        self.stop_runs(slot, IdleConnections::Close, shared, |run| {
+            !needed || matches!(run.phase, Phase::Queued)
+        });
     }
 
     fn start_if_due(&mut self, slot: Slot, shared: &mut Shared) {
@@ -247,6 +298,9 @@ impl App {
         match state.rest {
             Rest::Due => {}
             Rest::Waiting { .. } | Rest::Stopped | Rest::Errored | Rest::Held => return,
+        }
+        if state.gated && !self.may_start(shared) {
+            return;
         }
         let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
         let Some(wanted) = saved.slots.get(slot.0 as usize) else { return };
@@ -291,6 +345,7 @@ impl App {
             return false;
         }
         let generation = Generation(state.next_generation);
+        state.gated = false;
         state.next_generation += 1;
         if state.launched {
             state.restarts = state.restarts.saturating_add(1);
@@ -349,16 +404,25 @@ impl App {
             let others = serving - usize::from(run.is_ready());
             let idle = if others > 0 { idle } else { IdleConnections::Close };
             let mut descent = Descent::default();
+            let served = run.is_ready();
             run.begin_stop(shared.now, cause, idle, &mut descent);
-            all.push((run.id.clone(), run.pm_id, descent));
+            all.push((run.id.clone(), run.pm_id, served, descent));
         }
-        for (id, pm_id, descent) in all {
+        for (id, pm_id, served, descent) in all {
+            if served {
+                self.happened(&id, pm_id, What::OutOfRotation);
+            }
             self.perform(&id, pm_id, descent, shared);
         }
     }
 
     pub(super) fn perform(&mut self, id: &InstanceId, pm_id: PmId, descent: Descent, shared: &mut Shared) {
+        let killed = descent.actions.iter().any(|action| matches!(action, Action::KillTree { .. }));
         shared.actions.extend(descent.actions);
+        if killed {
+            let since = self.run_mut(id).and_then(|run| run.ladder()?.signalled_at).unwrap_or(shared.now);
+            self.happened(id, pm_id, What::Killed { after: shared.now.since(since) });
+        }
         for kind in descent.steps {
             self.step(id, pm_id, kind);
         }

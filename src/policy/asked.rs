@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, Slot};
 use crate::model::saved::{Desired, SavedOperation};
 use crate::model::spec::AppSpec;
@@ -16,7 +17,7 @@ use super::batch::RequestKey;
 use super::instance::{Phase, Run};
 use super::ledger::{After, Pending};
 use super::operation::{Operation, Stage, past_tense};
-use super::slot::Rest;
+use super::slot::{Rest, SlotState};
 use super::vocabulary::AppOutcome;
 use super::wanted::{Change, slot_at};
 /// What an operation consists of.
@@ -47,10 +48,12 @@ impl App {
             .and_then(|operation| operation.target.as_ref())
             .or_else(|| shared.ledger.wanted.app(&self.name).map(|app| &app.spec));
         let release = match ask {
-            Ask::StartSpec { spec, .. } | Ask::Reload { spec: Some(spec), .. } => match target {
-                Some(target) if target == spec => Release::Same,
-                Some(_) | None => Release::Other,
-            },
+            Ask::StartSpec { spec, .. } | Ask::Adjust { spec } | Ask::Reload { spec: Some(spec), .. } => {
+                match target {
+                    Some(target) if target == spec => Release::Same,
+                    Some(_) | None => Release::Other,
+                }
+            }
             Ask::Scale { instances } => match target {
                 Some(target) if target.instances == *instances => Release::Same,
                 Some(_) | None => Release::Other,
@@ -209,11 +212,18 @@ impl App {
                     let change = Change::Start { app, slots: None, spec: Some(Arc::clone(&spec)) };
                     return Ok(plan(Kind::Start, None, Some(spec), change));
                 }
-                if differs_in_instances_only(&saved.spec, &spec) {
-                    let change = Change::Scale { app, instances: spec.instances };
-                    return Ok(plan(Kind::Scale, None, Some(spec), change));
+                let weight = differences(&saved.spec, &spec).iter().map(|one| one.weight).max();
+                match weight {
+                    Some(Weight::Process) | None => Ok(reload_plan(app, None, Some(spec))),
+                    Some(Weight::Instances | Weight::Rule) => self.plan(Ask::Adjust { spec }, shared),
                 }
-                Ok(reload_plan(app, None, Some(spec)))
+            }
+            Ask::Adjust { spec } => {
+                let Some(saved) = saved else { return Err(AppOutcome::Superseded { by: "delete" }) };
+                let same = saved.slots.len() == spec.instances as usize;
+                let what = if same { "updated" } else { past_tense(Kind::Scale) };
+                let change = Change::Adjust { app, spec: Arc::clone(&spec) };
+                Ok(Plan { what, ..plan(Kind::Scale, None, Some(spec), change) })
             }
             Ask::Resurrect { spec, stopped } => match saved {
                 Some(_) => Err(AppOutcome::Already { what: "listed" }),
@@ -283,9 +293,7 @@ impl App {
 
     /// Whether anything of it runs or is about to.
     pub(super) fn is_up(&self) -> bool {
-        self.slots.values().any(|state| {
-            state.has_live() || matches!(state.rest, Rest::Due | Rest::Waiting { .. } | Rest::Held)
-        })
+        self.slots.values().any(SlotState::is_up)
     }
 }
 
@@ -294,10 +302,6 @@ fn reload_plan(app: AppName, slots: Slots, spec: Option<Arc<AppSpec>>) -> Plan {
         Change::Release { app, slots: slots.clone(), spec: spec.clone(), operation: SavedOperation::Reload };
     let what = past_tense(Kind::Reload);
     Plan { kind: Kind::Reload, slots, target: spec, change, what, regardless: false }
-}
-
-fn differs_in_instances_only(old: &AppSpec, new: &AppSpec) -> bool {
-    old.instances != new.instances && AppSpec { instances: new.instances, ..old.clone() } == *new
 }
 
 /// Both sets of slots; all, when either is.

@@ -1,9 +1,10 @@
 //! Requests over many apps: one reply when every app has an outcome.
 //!
-//! `reload` of several apps goes two at a time, so that a deploy does not launch a whole machine's worth of instances
-//! beside the old ones; everything else goes at once. A failure does not end the rest.
+//! Reloads of several apps go two at a time, so that a deploy does not launch a whole machine's worth of instances
+//! beside the old ones; everything else goes at once. A failure does not end the rest, but for parts that were to come
+//! after the one that failed.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::model::id::{AppName, OpId};
 
@@ -26,24 +27,40 @@ pub(super) struct Requests {
     may_go_on: Vec<RequestKey>,
 }
 
+/// What a request is about to do to an app.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    pub(super) app: AppName,
+    /// What is asked of it, or how it ends without anything being done.
+    pub(super) ask: Result<Ask, AppOutcome>,
+    /// It begins when these parts of the request have ended well, and not at all when one of them has not.
+    pub(super) after: BTreeSet<AppName>,
+}
+
 #[derive(Clone, Debug)]
 struct Request {
     op: OpId,
     order: Vec<AppName>,
     results: BTreeMap<AppName, AppOutcome>,
-    todo: VecDeque<(AppName, Ask)>,
-    running: usize,
-    at_once: usize,
+    todo: VecDeque<Part>,
+    /// Apps that are being reloaded.
+    reloading: BTreeSet<AppName>,
 }
 
 impl Requests {
+    /// Opens a request of independent parts. They are handed out by `next_part`.
+    pub(super) fn open(&mut self, op: OpId, parts: Vec<(AppName, Ask)>) -> RequestKey {
+        let part = |(app, ask)| Part { app, ask: Ok(ask), after: BTreeSet::new() };
+        self.open_parts(op, parts.into_iter().map(part).collect())
+    }
+
     /// Opens a request. Its parts are handed out by `next_part`.
-    pub(super) fn open(&mut self, op: OpId, parts: Vec<(AppName, Ask)>, at_once: usize) -> RequestKey {
+    pub(super) fn open_parts(&mut self, op: OpId, parts: Vec<Part>) -> RequestKey {
         self.last += 1;
         let key = RequestKey(self.last);
-        let order = parts.iter().map(|(app, _)| app.clone()).collect();
+        let order = parts.iter().map(|part| part.app.clone()).collect();
         let request =
-            Request { op, order, results: BTreeMap::new(), todo: parts.into(), running: 0, at_once };
+            Request { op, order, results: BTreeMap::new(), todo: parts.into(), reloading: BTreeSet::new() };
         self.open.insert(key, request);
         self.may_go_on.push(key);
         key
@@ -54,17 +71,18 @@ impl Requests {
         self.open.get(&key).map(|request| request.op)
     }
 
-    /// A part that may begin now.
-    pub(super) fn next_part(&mut self) -> Option<(RequestKey, AppName, Ask)> {
+    /// A part that may begin now. Parts that never will are answered.
+    pub(super) fn next_part(&mut self, actions: &mut Vec<Action>) -> Option<(RequestKey, AppName, Ask)> {
         while let Some(&key) = self.may_go_on.last() {
-            if let Some(request) = self.open.get_mut(&key)
-                && request.running < request.at_once
-                && let Some((app, ask)) = request.todo.pop_front()
-            {
-                request.running += 1;
-                return Some((key, app, ask));
+            let Some((part, verdict)) = self.open.get_mut(&key).and_then(Request::next_part) else {
+                self.may_go_on.pop();
+                continue;
+            };
+            match (verdict, part.ask) {
+                (Some(failed), _) => self.settle(key, part.app, AppOutcome::Skipped { on: failed }, actions),
+                (None, Err(outcome)) => self.settle(key, part.app, outcome, actions),
+                (None, Ok(ask)) => return Some((key, part.app, ask)),
             }
-            self.may_go_on.pop();
         }
         None
     }
@@ -74,10 +92,8 @@ impl Requests {
         let keys: Vec<_> = self.open.keys().copied().collect();
         for key in keys {
             let Some(request) = self.open.get_mut(&key) else { continue };
-            let waiting: Vec<_> = std::mem::take(&mut request.todo).into_iter().collect();
-            request.running += waiting.len();
-            for (app, _) in waiting {
-                self.settle(key, app, outcome.clone(), actions);
+            for part in std::mem::take(&mut request.todo) {
+                self.settle(key, part.app, outcome.clone(), actions);
             }
         }
     }
@@ -91,9 +107,8 @@ impl Requests {
         actions: &mut Vec<Action>,
     ) {
         let Some(request) = self.open.get_mut(&key) else { return };
-        if request.results.insert(app, outcome).is_none() {
-            request.running = request.running.saturating_sub(1);
-        }
+        request.reloading.remove(&app);
+        request.results.insert(app, outcome);
         if request.results.len() < request.order.len() {
             self.may_go_on.push(key);
             return;
@@ -104,13 +119,6 @@ impl Requests {
                 .iter()
                 .filter_map(|app| request.results.remove(app).map(|outcome| (app.clone(), outcome)))
                 .collect();
-            let well = |outcome: &AppOutcome| match outcome {
-                AppOutcome::Done { .. } | AppOutcome::Already { .. } => true,
-                AppOutcome::Failed { .. }
-                | AppOutcome::Superseded { .. }
-                | AppOutcome::NotRemembered { .. }
-                | AppOutcome::NotSaved { .. } => false,
-            };
             let outcome = if apps.iter().all(|(_, outcome)| well(outcome)) {
                 Outcome::Done { apps }
             } else {
@@ -118,5 +126,35 @@ impl Requests {
             };
             actions.push(Action::Reply { op: request.op, outcome });
         }
+    }
+}
+
+impl Request {
+    /// The first part whose turn it is, and the app whose failure keeps it from beginning.
+    fn next_part(&mut self) -> Option<(Part, Option<AppName>)> {
+        let results = &self.results;
+        let reloads = self.reloading.len();
+        let index = self.todo.iter().position(|part| {
+            let room = reloads < RELOADS_AT_ONCE || !matches!(part.ask, Ok(Ask::Reload { .. }));
+            room && part.after.iter().all(|app| results.contains_key(app))
+        })?;
+        let part = self.todo.remove(index)?;
+        let failed = part.after.iter().find(|app| !results.get(*app).is_some_and(well)).cloned();
+        if failed.is_none() && matches!(part.ask, Ok(Ask::Reload { .. })) {
+            self.reloading.insert(part.app.clone());
+        }
+        Some((part, failed))
+    }
+}
+
+fn well(outcome: &AppOutcome) -> bool {
+    match outcome {
+        AppOutcome::Done { .. } | AppOutcome::Already { .. } => true,
+        AppOutcome::Failed { .. }
+        | AppOutcome::Waiting { .. }
+        | AppOutcome::Skipped { .. }
+        | AppOutcome::Superseded { .. }
+        | AppOutcome::NotRemembered { .. }
+        | AppOutcome::NotSaved { .. } => false,
     }
 }

@@ -13,6 +13,7 @@ use super::admit::Kind;
 use super::app::{App, Shared};
 use super::instance::Phase;
 use super::ledger::After;
+use super::news::What;
 use super::operation::Stage;
 use super::restart::{Next, after_exit};
 use super::slot::Rest;
@@ -40,7 +41,12 @@ impl App {
             shared.actions.push(Action::EndLeftovers { id: id.clone(), signal });
         }
         let uptime = run.uptime(now);
+        let pm_id = run.pm_id;
         run.phase = Phase::Leaving { reason: reason.clone(), ladder };
+        if ready {
+            self.happened(id, pm_id, What::OutOfRotation);
+        }
+        self.happened(id, pm_id, What::Exited { reason: reason.clone(), by_itself, uptime });
         if by_itself {
             self.ended_by_itself(id, ready, uptime, &reason, None, shared);
         } else if let Some(state) = self.slots.get_mut(&id.slot) {
@@ -148,6 +154,16 @@ impl App {
                 Rest::Stopped
             }
         };
+        let (rest, pm_id) = (state.rest, state.pm_id);
+        self.happened(
+            id,
+            pm_id,
+            match rest {
+                Rest::Waiting { at } => What::RestartScheduled { delay: at.since(shared.now) },
+                Rest::Stopped => What::Ended { reason: reason.clone() },
+                Rest::Due | Rest::Errored | Rest::Held => What::Errored { reason: reason.clone() },
+            },
+        );
         self.note_ended(shared);
         let Some(operation) = &mut self.operation else { return };
         if ended_well {

@@ -18,9 +18,12 @@ use crate::model::spec::AppSpec;
 
 use super::app::{App, RESERVE_BLOCK, Shared};
 use super::batch::Requests;
+use super::depends::{Graph, Standing};
 use super::ending::Ending;
 use super::instance::Phase;
 use super::ledger::{After, Ledger, Pending};
+use super::news::News;
+use super::slot::Rest;
 use super::stop::Heard;
 use super::vocabulary::{Action, Event, SaveId, SlotView, StepKind};
 use super::wanted::{Change, Wanted, slot_at};
@@ -91,6 +94,9 @@ impl Fleet {
             shared: Shared {
                 now: Moment::default(),
                 actions: Vec::new(),
+                news: Vec::new(),
+                graph: Graph::of(&wanted),
+                standings: BTreeMap::new(),
                 ledger: Ledger::new(wanted),
                 requests: Requests::default(),
                 queue: VecDeque::new(),
@@ -118,6 +124,11 @@ impl Fleet {
             self.expire();
         }
         self.settle()
+    }
+
+    /// What has happened since this was last asked, in order. To be taken after each turn.
+    pub fn take_news(&mut self) -> Vec<News> {
+        std::mem::take(&mut self.shared.news)
     }
 
     /// Limits how many instances may launch at once, in place of the settings; saved with the next change of an app.
@@ -162,7 +173,17 @@ impl Fleet {
         Some(AppView {
             spec: Arc::clone(spec),
             revision,
-            slots: app.slots.iter().map(|(slot, state)| state.view(*slot)).collect(),
+            slots: app
+                .slots
+                .iter()
+                .map(|(slot, state)| {
+                    let mut view = state.view(*slot);
+                    if state.gated && state.runs.is_empty() && state.rest == Rest::Due {
+                        view.waiting_for.clone_from(&app.waits_for);
+                    }
+                    view
+                })
+                .collect(),
             operation: app.operation.as_ref().map(|operation| operation.kind.name()),
         })
     }
@@ -268,6 +289,7 @@ impl Fleet {
             Event::Drained { id } => self.hear(&id, Heard::Drained),
             Event::Saved { save } => {
                 let pending = self.shared.ledger.saved(save);
+                self.shared.graph = Graph::of(&self.shared.ledger.wanted);
                 self.after_save(pending, None);
             }
             Event::SaveFailed { save, error } => self.save_failed(save, &error),
@@ -312,9 +334,17 @@ impl Fleet {
     pub(super) fn settle(&mut self) -> Vec<Action> {
         loop {
             if let Some(name) = self.touched.pop_first() {
+                let neighbours = self.look_around(&name);
                 if let Some(app) = self.apps.get_mut(&name) {
                     app.advance(&mut self.shared);
                     app.refresh(self.shared.ending);
+                    if !neighbours.is_empty() {
+                        let standing = Some(app.standing(&self.shared));
+                        if app.told != standing {
+                            app.told = standing;
+                            self.touched.extend(neighbours);
+                        }
+                    }
                     if app.is_empty() && self.shared.ledger.wanted.app(&name).is_none() {
                         self.apps.remove(&name);
                     }
@@ -323,7 +353,7 @@ impl Fleet {
                 let app = self.apps.entry(name.clone()).or_insert_with(|| App::new(name.clone()));
                 app.accept(clients, ask, &mut self.shared);
                 self.touched.insert(name);
-            } else if let Some((key, name, ask)) = self.shared.requests.next_part() {
+            } else if let Some((key, name, ask)) = self.shared.requests.next_part(&mut self.shared.actions) {
                 let app = self.apps.entry(name.clone()).or_insert_with(|| App::new(name.clone()));
                 app.accept(vec![key], ask, &mut self.shared);
                 self.touched.insert(name);
@@ -336,6 +366,19 @@ impl Fleet {
         self.begin_save();
         self.changed += 1;
         std::mem::take(&mut self.shared.actions)
+    }
+
+    /// Finds out how far the apps are that this one waits for, or that wait for it.
+    fn look_around(&mut self, name: &AppName) -> Vec<AppName> {
+        let neighbours = self.shared.graph.neighbours(name);
+        for neighbour in &neighbours {
+            let standing = match self.apps.get(neighbour) {
+                Some(app) => app.standing(&self.shared),
+                None => Standing::missing(),
+            };
+            self.shared.standings.insert(neighbour.clone(), standing);
+        }
+        neighbours
     }
 
     /// Lets those launch whose turn it is.
@@ -407,6 +450,7 @@ impl Fleet {
 
     pub(super) fn save_failed(&mut self, save: SaveId, error: &str) {
         let pending = self.shared.ledger.failed(save);
+        self.shared.graph = Graph::of(&self.shared.ledger.wanted);
         if pending.iter().any(|one| one.regardless) {
             self.write_again = Some(self.shared.now + SAVE_AGAIN);
             self.unsaved = true;

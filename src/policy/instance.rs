@@ -126,6 +126,16 @@ impl Run {
         }
     }
 
+    /// From now on it follows these rules. How it says that it is ready was settled when it was spawned.
+    pub(super) fn take_over(&mut self, spec: &Arc<AppSpec>) {
+        let spawned = !matches!(self.phase, Phase::Queued);
+        self.spec = if spawned && spec.ready != self.spec.ready {
+            Arc::new(AppSpec { ready: self.spec.ready.clone(), ..AppSpec::clone(spec) })
+        } else {
+            Arc::clone(spec)
+        };
+    }
+
     /// Its turn has come: the spawn is asked for.
     pub(super) fn launch(&mut self, now: Moment) {
         self.since = now;

@@ -162,7 +162,8 @@ impl App {
         let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
         let wanted: Vec<(Slot, Desired)> =
             saved.slots.iter().enumerate().map(|(index, slot)| (slot_at(index), slot.desired)).collect();
-        let (wished, revision) = (saved.spec.instances, saved.revision);
+        let (spec, revision) = (Arc::clone(&saved.spec), saved.revision);
+        let wished = spec.instances;
         self.sync(shared);
         let Some(operation) = &mut self.operation else { return };
         operation.revision = revision;
@@ -183,6 +184,7 @@ impl App {
                 let restart = operation.kind == Kind::Restart;
                 for slot in chosen {
                     let Some(state) = self.slots.get_mut(&slot) else { continue };
+                    state.gated = state.is_at_rest();
                     if !state.has_live() {
                         state.launched =
                             restart && state.launched && !matches!(state.rest, Rest::Stopped | Rest::Errored);
@@ -197,10 +199,17 @@ impl App {
                 }
             }
             Kind::Scale => {
+                for run in self.slots.values_mut().flat_map(|state| &mut state.runs) {
+                    if run.revision == revision {
+                        run.take_over(&spec);
+                    }
+                }
+                shared.actions.push(Action::TakeOver { app: self.name.clone(), spec, revision });
                 for slot in chosen {
                     if let Some(state) = self.slots.get(&slot)
                         && !state.launched
                         && state.rest == Rest::Due
+                        && !state.gated
                         && state.runs.is_empty()
                     {
                         operation.awaiting.insert(slot);
@@ -223,7 +232,14 @@ impl App {
                     }
                 }
             }
-            Kind::Stop | Kind::Delete => {}
+            Kind::Stop | Kind::Delete => {
+                // From now on it is down because somebody said so.
+                for (slot, state) in &mut self.slots {
+                    if operation.covers(*slot) {
+                        state.ended = None;
+                    }
+                }
+            }
         }
         for slot in anew {
             self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
@@ -243,14 +259,19 @@ impl App {
         match (operation.stage, operation.kind) {
             (Stage::Saving | Stage::Closing, _) => false,
             (Stage::Going, Kind::Start | Kind::Restart) => {
-                if !operation.awaiting.is_empty() {
+                let (restart, awaiting) = (operation.kind == Kind::Restart, operation.awaiting.clone());
+                let hopeless = self.hopeless(&awaiting, shared);
+                if hopeless.is_none() && !awaiting.is_empty() {
                     return false;
                 }
-                if operation.kind == Kind::Restart {
+                if restart {
                     let finish = Change::Finish { app: self.name.clone() };
                     shared.ledger.push_regardless(finish, After::Nothing);
                 }
-                self.succeed(shared);
+                match hopeless {
+                    Some((on, why)) => self.finish(AppOutcome::Waiting { on, why }, shared),
+                    None => self.succeed(shared),
+                }
                 true
             }
             (Stage::Going, Kind::Scale) | (Stage::Sweeping, _) => {

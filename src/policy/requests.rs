@@ -1,6 +1,7 @@
 //! Requests as they come in: refused as a whole, or taken apart into one part per app.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::model::id::{AppName, OpId, Slot};
@@ -8,10 +9,12 @@ use crate::model::saved::{Desired, SavedFleet};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Ask, Verdict};
-use super::batch::RELOADS_AT_ONCE;
+use super::batch::Part;
 use super::ending::{EndKind, EndStage};
 use super::fleet::Fleet;
+use super::plan::{self, Measure, Plan, Planned, Present};
 use super::restart::Streak;
+use super::slot::Rest;
 use super::vocabulary::{Action, AppOutcome, Command, Outcome, Refusal, Selected, Verb};
 use super::wanted::slot_at;
 impl Fleet {
@@ -30,19 +33,24 @@ impl Fleet {
             }
             return;
         }
-        let (parts, at_once) = match command {
-            Command::Start { specs } => {
-                let parts = specs
-                    .into_iter()
-                    .map(|spec| {
-                        let run = spec.autostart;
-                        (spec.name.clone(), Ask::StartSpec { spec, run })
-                    })
-                    .collect();
-                (parts, usize::MAX)
+        if let Some(circle) = self.circle(&command) {
+            let why =
+                format!("{circle}: apps cannot wait for each other; change `depends_on` of one of them");
+            return self.reply(op, Outcome::Refused(Refusal::Invalid(why)));
+        }
+        let parts = match command {
+            Command::Start { specs } => specs
+                .into_iter()
+                .map(|spec| {
+                    let run = spec.autostart;
+                    (spec.name.clone(), Ask::StartSpec { spec, run })
+                })
+                .collect(),
+            Command::Apply { specs, all, file, prune } => {
+                return self.apply(op, &self.plan(&specs, &all, &file, prune));
             }
             Command::Act { verb, selection, specs } => match self.parts_of(verb, selection, &specs) {
-                Ok(parts) => (parts, if verb == Verb::Reload { RELOADS_AT_ONCE } else { usize::MAX }),
+                Ok(parts) => parts,
                 Err(refusal) => return self.reply(op, Outcome::Refused(refusal)),
             },
             Command::Scale { app, instances } => {
@@ -50,9 +58,9 @@ impl Fleet {
                     let why = format!("`{app}` needs at least one instance; to have none, stop it");
                     return self.reply(op, Outcome::Refused(Refusal::Invalid(why)));
                 }
-                (vec![(app, Ask::Scale { instances })], usize::MAX)
+                vec![(app, Ask::Scale { instances })]
             }
-            Command::Resurrect { saved } => (resurrected(saved), usize::MAX),
+            Command::Resurrect { saved } => resurrected(saved),
             Command::Kill => return self.kill(op),
             Command::Terminate => return self.terminate(op),
             Command::Reset { selection } => return self.reset(op, &selection),
@@ -63,11 +71,87 @@ impl Fleet {
         if parts.is_empty() {
             return self.reply(op, Outcome::Done { apps: Vec::new() });
         }
-        self.shared.requests.open(op, parts, at_once);
+        self.shared.requests.open(op, parts);
+    }
+
+    /// What [`Command::Apply`] would do now.
+    #[must_use]
+    pub fn plan(&self, specs: &[Arc<AppSpec>], all: &[AppName], file: &Path, prune: bool) -> Plan {
+        let present: BTreeMap<AppName, Present> = self
+            .shared
+            .ledger
+            .wanted
+            .names()
+            .filter_map(|name| Some((name.clone(), self.present(name)?)))
+            .collect();
+        plan::plan(specs, all, file, prune, &present)
+    }
+
+    fn present(&self, name: &AppName) -> Option<Present> {
+        let saved = self.shared.ledger.wanted.app(name)?;
+        let app = self.apps.get(name)?;
+        // What goes on brings about what is wanted already.
+        let idle = app.operation.is_none();
+        let mut present = Present {
+            spec: Arc::clone(&saved.spec),
+            up: 0,
+            ended: 0,
+            down: 0,
+            mixed: idle
+                && saved.slots.iter().any(|slot| {
+                    slot.desired == Desired::Running && slot.revision != 0 && slot.revision != saved.revision
+                }),
+        };
+        for state in app.slots.values() {
+            if state.is_up() || !idle {
+                present.up += 1;
+            } else if state.rest == Rest::Stopped && state.ended.is_some() {
+                present.ended += 1;
+            } else {
+                present.down += 1;
+            }
+        }
+        Some(present)
+    }
+
+    fn apply(&mut self, op: OpId, plan: &Plan) {
+        let parts: Vec<Part> = plan.steps.iter().map(|step| part_of(step, plan)).collect();
+        let refusal = parts.iter().find_map(|part| self.refusal(&part.app, part.ask.as_ref().ok()?));
+        if let Some(refusal) = refusal {
+            return self.reply(op, Outcome::Refused(refusal));
+        }
+        if parts.is_empty() {
+            return self.reply(op, Outcome::Done { apps: Vec::new() });
+        }
+        self.shared.requests.open_parts(op, parts);
     }
 
     pub(super) fn reply(&mut self, op: OpId, outcome: Outcome) {
         self.shared.actions.push(Action::Reply { op, outcome });
+    }
+
+    /// Apps that would wait for each other with the specs of this command. A file's are checked when it is read; those of
+    /// several files are not.
+    fn circle(&self, command: &Command) -> Option<String> {
+        let specs: Vec<&Arc<AppSpec>> = match command {
+            Command::Start { specs } | Command::Apply { specs, .. } | Command::Act { specs, .. } => {
+                specs.iter().collect()
+            }
+            Command::Resurrect { saved } => saved.apps.iter().map(|app| &app.spec).collect(),
+            Command::Scale { .. } | Command::Kill | Command::Terminate | Command::Reset { .. } => {
+                return None;
+            }
+        };
+        let wanted = &self.shared.ledger.wanted;
+        let spec_of = |name: &AppName| {
+            let new = specs.iter().find(|spec| spec.name == *name).map(|spec| &***spec);
+            new.or_else(|| wanted.app(name).map(|app| &*app.spec))
+        };
+        let found = specs
+            .iter()
+            .filter(|spec| !spec.depends_on.is_empty())
+            .find_map(|spec| plan::circle(spec_of, &spec.name))?;
+        Some(found.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" → "))
     }
 
     /// Why a part of a request cannot be done, now or later.
@@ -151,6 +235,28 @@ impl Fleet {
         }
         self.reply(op, Outcome::Done { apps });
     }
+}
+
+fn part_of(step: &Planned, plan: &Plan) -> Part {
+    let replaces = matches!(step.measure, Measure::Reload | Measure::Restart);
+    let changes =
+        |app: &AppName| plan.steps.iter().any(|step| step.app == *app && step.measure != Measure::Unchanged);
+    let after = match &step.spec {
+        // What is started waits for what it depends on by itself, and is listed meanwhile.
+        Some(spec) if replaces => spec.depends_on.keys().filter(|app| changes(app)).cloned().collect(),
+        Some(_) | None => BTreeSet::new(),
+    };
+    let ask = match (&step.spec, step.measure) {
+        (None, _) | (_, Measure::Remove) => Ok(Ask::Delete),
+        (Some(_), Measure::Unchanged) => Err(AppOutcome::Already { what: "up to date" }),
+        (Some(spec), Measure::Create) => Ok(Ask::StartSpec { spec: Arc::clone(spec), run: spec.autostart }),
+        (Some(spec), Measure::Start { .. }) => Ok(Ask::StartSpec { spec: Arc::clone(spec), run: true }),
+        (Some(spec), Measure::Reload | Measure::Restart) => {
+            Ok(Ask::Reload { slots: None, spec: Some(Arc::clone(spec)) })
+        }
+        (Some(spec), Measure::Scale { .. } | Measure::Update) => Ok(Ask::Adjust { spec: Arc::clone(spec) }),
+    };
+    Part { app: step.app.clone(), ask, after }
 }
 
 /// `delete ID` of the highest slots is a scale-down; slots have no holes.

@@ -147,10 +147,13 @@ impl Fleet {
             };
             let next = wanted.reserved.0 + 1;
             let mut state = SlotState::new(wanted.pm_id, self.shared.now, rest, next);
+            // After a reboot it starts from rest; what is found running is no start (see `adopt_run`).
+            state.gated = wanted.desired == Desired::Running;
             if let Some(memo) = memos.remove(&(name.clone(), slot)) {
                 state.restarts = memo.restarts;
                 state.streak = Streak { unstable: memo.unstable, failures: memo.failures };
                 state.created = memo.created;
+                state.gated = memo.gated;
                 (state.last_exit, state.by_itself) = (memo.last_exit, memo.by_itself);
                 state.ended = memo.ended;
                 state.next_generation = state.next_generation.max(memo.newest.0 + 1);
@@ -193,7 +196,7 @@ impl Fleet {
             .entry(id.slot)
             .or_insert_with(|| SlotState::new(next_pm_id, now, Rest::Stopped, id.generation.0 + 1));
         state.next_generation = state.next_generation.max(id.generation.0 + 1);
-        state.launched = true;
+        (state.launched, state.gated) = (true, false);
         let since = memo.as_ref().map_or(now, |memo| memo.since);
         let mut run = Run::queued(id.clone(), state.pm_id, spec, revision, START_SETTLE, since);
         run.launch(since);
@@ -383,6 +386,7 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
         | Action::KillTree { id } => Some(id),
         Action::Save { .. }
         | Action::Spawn { .. }
+        | Action::TakeOver { .. }
         | Action::EndLeftovers { .. }
         | Action::Forget { .. }
         | Action::CloseListeners { .. }

@@ -16,6 +16,8 @@ pub(super) struct SlotState {
     /// Oldest first. At most one is neither live nor about to be gone, but during a reload.
     pub(super) runs: Vec<Run>,
     pub(super) rest: Rest,
+    /// Its next run is a start from rest: what the app depends on comes first.
+    pub(super) gated: bool,
     pub(super) restarts: u32,
     pub(super) streak: Streak,
     pub(super) created: Moment,
@@ -55,6 +57,7 @@ impl SlotState {
             pm_id,
             runs: Vec::new(),
             rest,
+            gated: false,
             restarts: 0,
             streak: Streak::default(),
             created: now,
@@ -74,6 +77,26 @@ impl SlotState {
 
     pub(super) fn has_live(&self) -> bool {
         self.runs.iter().any(Run::is_live)
+    }
+
+    /// Whether it runs or is about to. What waits for other apps does neither.
+    pub(super) fn is_up(&self) -> bool {
+        self.has_live()
+            || match self.rest {
+                Rest::Due => !self.gated,
+                Rest::Waiting { .. } | Rest::Held => true,
+                Rest::Stopped | Rest::Errored => false,
+            }
+    }
+
+    /// Whether a start from here is one from rest, which waits for what the app depends on.
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.has_live()
+            && match self.rest {
+                Rest::Stopped | Rest::Errored => true,
+                Rest::Due => self.gated || !self.launched,
+                Rest::Waiting { .. } | Rest::Held => false,
+            }
     }
 
     /// What a row of the table says.
@@ -106,6 +129,7 @@ impl SlotState {
             },
             last_exit: self.last_exit.clone(),
             by_itself: self.by_itself,
+            waiting_for: Vec::new(),
         }
     }
 
@@ -128,6 +152,7 @@ impl SlotState {
             newest: Generation(self.next_generation.saturating_sub(1)),
             ended: self.ended.filter(|_| self.rest == Rest::Stopped),
             stop_unsaved: false,
+            gated: self.is_at_rest(),
         }
     }
 }

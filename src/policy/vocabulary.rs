@@ -4,6 +4,7 @@
 //! points at every place that has to think about it.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -133,6 +134,17 @@ pub enum Command {
         /// The specs, in order; names are unique.
         specs: Vec<Arc<AppSpec>>,
     },
+    /// Make the apps of a file what it says: see [`super::plan`].
+    Apply {
+        /// The chosen ones of its apps, in its order; names are unique.
+        specs: Vec<Arc<AppSpec>>,
+        /// Every app of the file.
+        all: Vec<AppName>,
+        /// The file, as in the origin of its apps.
+        file: PathBuf,
+        /// Remove apps that came from it and are not in it any more.
+        prune: bool,
+    },
     /// Act on what exists.
     Act {
         /// What to do.
@@ -209,6 +221,15 @@ pub enum Action {
         /// The spec to run.
         spec: Arc<AppSpec>,
         /// The spec's revision.
+        revision: u64,
+    },
+    /// Runs of this release follow these rules from now on; their processes stay as they are.
+    TakeOver {
+        /// Whose runs.
+        app: AppName,
+        /// The rules.
+        spec: Arc<AppSpec>,
+        /// Runs of this release.
         revision: u64,
     },
     /// Give new connections to this instance.
@@ -418,6 +439,19 @@ pub enum AppOutcome {
         /// Slots that still run the old one.
         kept: Vec<Slot>,
     },
+    /// It is not started before another app is up, and that one is not going to be, as things are. It starts by itself
+    /// when the other one has come up after all.
+    Waiting {
+        /// For which.
+        on: AppName,
+        /// What is wrong with that: "is stopped".
+        why: String,
+    },
+    /// Nothing was done to it, because an app that it depends on failed in the same request.
+    Skipped {
+        /// Which.
+        on: AppName,
+    },
     /// Another operation (stop, delete, kill) put an end to this one.
     Superseded {
         /// Which: "stop", "delete", "kill".
@@ -491,6 +525,8 @@ pub struct SlotView {
     pub last_exit: Option<ExitReason>,
     /// Nobody had asked that run to end.
     pub by_itself: bool,
+    /// Apps that have to be up before it is started.
+    pub waiting_for: Vec<AppName>,
 }
 
 /// What is shown about one run.

@@ -39,6 +39,8 @@ pub(super) enum Change {
     Ended { app: AppName, slot: Slot, revision: u64 },
     /// Another number of slots.
     Scale { app: AppName, instances: u32 },
+    /// Other rules for the processes that run, or another number of slots.
+    Adjust { app: AppName, spec: Arc<AppSpec> },
     /// The operation has ended well.
     Finish { app: AppName },
     /// A reload has failed: slots that are not among `replaced` keep what they had.
@@ -65,6 +67,7 @@ impl Change {
             | Self::Stop { app, .. }
             | Self::Ended { app, .. }
             | Self::Scale { app, .. }
+            | Self::Adjust { app, .. }
             | Self::Finish { app }
             | Self::Revert { app, .. }
             | Self::Condemn { app }
@@ -202,6 +205,12 @@ impl Wanted {
                     spec.instances = *instances;
                     app.spec = Arc::new(spec);
                     resize(app, *instances, next);
+                });
+            }
+            Change::Adjust { app, spec } => {
+                self.edit(app, |app, next| {
+                    app.spec = Arc::clone(spec);
+                    resize(app, spec.instances, next);
                 });
             }
             Change::Finish { app } => {

@@ -2,5 +2,6 @@
 
 pub mod env_file;
 pub mod environment;
+pub mod events;
 pub mod paths;
 pub mod state;

@@ -221,6 +221,12 @@ impl Home {
         self.dir.join("state.json")
     }
 
+    /// What has happened, one JSON object per line; see `store::events`.
+    #[must_use]
+    pub fn events(&self) -> PathBuf {
+        self.dir.join("events.jsonl")
+    }
+
     /// What `save` writes and `resurrect` reads.
     #[must_use]
     pub fn dump(&self) -> PathBuf {

@@ -6,13 +6,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::fnv;
+use super::journal::JournalMemo;
 use super::operations::OperationsMemo;
 use crate::dispatch::{OpenListener, Origin};
 use crate::model::id::{AppName, InstanceId};
 use crate::model::saved::Memo;
 
 /// Grows with what has to survive a supervisor. Older versions are ignored, which costs counters and nothing else.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 const MAGIC: u64 = 0x706d_2062_6c6f_6231;
 const HEADER: usize = 32;
@@ -30,6 +31,8 @@ pub struct Blob {
     pub listeners: Vec<ListenerMemo>,
     /// Operations that clients may ask for.
     pub operations: OperationsMemo,
+    /// Events that may not be in their file.
+    pub journal: JournalMemo,
 }
 
 /// What the next dispatcher has to know of an IPC channel.
@@ -117,6 +120,7 @@ mod tests {
             channels: Vec::new(),
             listeners: vec![listener],
             operations: OperationsMemo::default(),
+            journal: JournalMemo::default(),
         }
     }
 

@@ -21,9 +21,12 @@ use tokio::time::{Instant, sleep_until};
 
 use super::figures::{Surveys, Then};
 use super::handle::{Ask, Replies};
+use super::journal::Journal;
+use super::launch::configured_environment;
 use super::notices::{Notices, longest_stop, status_of};
 use super::operations::{Known, Operations};
 use super::outcome::{operation_view, refused, step_view};
+use super::plan_view::plan_view;
 use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
 use super::saver::{SaveDone, Saver};
@@ -32,12 +35,13 @@ use super::variables::Variables;
 use super::world::World;
 use crate::dispatch::DispatchEvent;
 use crate::ipc::protocol::{
-    Answer, Call, OperationView, Refused, Reply, Request, ScaleTo, Verb as AskedVerb,
+    Answer, Call, KeyChange, OperationView, Refused, Reply, Request, ScaleTo, Verb as AskedVerb,
 };
 use crate::keeper::link::LinkError;
 use crate::keeper::wire::FromKeeper;
 use crate::logs::naming::is_merged;
 use crate::logs::pump::LogEvent;
+use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, InstanceId, OpId};
 use crate::model::moment::Moment;
 use crate::model::saved::{SavedApp, SavedOperation};
@@ -49,6 +53,7 @@ use crate::policy::target::{self, NoTarget};
 use crate::policy::vocabulary::{
     Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, Verb,
 };
+use crate::store::environment::is_scrubbed;
 use crate::store::state::{Shell, State, StateStore};
 use crate::sys::tree::worker::TreeEvent;
 use crate::sys::{clock, watch};
@@ -109,6 +114,7 @@ pub struct Driver {
     publisher: Publisher,
     surveys: Surveys,
     operations: Operations,
+    journal: Journal,
     shells: Shells,
     /// Actions that wait for a save, oldest first.
     held: VecDeque<(SaveId, Vec<Action>)>,
@@ -168,6 +174,8 @@ pub struct Parts {
     pub warnings: Vec<String>,
     /// What clients wait for.
     pub operations: Operations,
+    /// Events.
+    pub journal: Journal,
     /// Operations of an earlier supervisor that end everything.
     pub kills: Vec<OpId>,
     /// What the service manager hears.
@@ -178,8 +186,19 @@ impl Driver {
     /// A driver that has not turned yet.
     #[must_use]
     pub fn new(parts: Parts) -> Self {
-        let Parts { fleet, world, saver, publisher, shells, dump, warnings, operations, kills, notices } =
-            parts;
+        let Parts {
+            fleet,
+            world,
+            saver,
+            publisher,
+            shells,
+            dump,
+            warnings,
+            operations,
+            journal,
+            kills,
+            notices,
+        } = parts;
         Self {
             fleet,
             world,
@@ -187,6 +206,7 @@ impl Driver {
             publisher,
             surveys: Surveys::default(),
             operations,
+            journal,
             kills,
             shells: Shells::new(shells),
             held: VecDeque::new(),
@@ -231,6 +251,7 @@ impl Driver {
     ) -> Result<(), DriverError> {
         let keeper = watch::descriptor(self.world.keeper_fd()?, Interest::READABLE | Interest::WRITABLE)?;
         self.decided.push_back(first);
+        self.note_news();
         for op in std::mem::take(&mut self.kills) {
             self.turn(Event::Asked { op, command: Command::Kill });
         }
@@ -316,20 +337,36 @@ impl Driver {
             if self.decided.is_empty() {
                 break;
             }
-            self.world.record(clock::now(), &self.fleet, &self.operations);
+            self.record(clock::now());
             while let Some(actions) = self.decided.pop_front() {
                 self.perform(actions);
             }
         }
         let now = clock::now();
         self.answer_ended(now, self.quitting);
-        self.operations.end_inherited(now, &self.fleet);
-        self.world.record(now, &self.fleet, &self.operations);
+        for (op, ended) in self.operations.end_inherited(now, &self.fleet) {
+            self.journal.ended(now, op, &ended);
+        }
+        self.record(now);
+    }
+
+    /// Writes the blob; what it has now of events may be in the file before the blob changes again.
+    fn record(&mut self, now: Moment) {
+        self.world.record(now, &self.fleet, &self.operations, &self.journal);
+        self.journal.hand_over();
+    }
+
+    fn note_news(&mut self) {
+        for news in self.fleet.take_news() {
+            let asked = if news.op.is_none() { self.operations.about(&news.app) } else { None };
+            self.journal.news(news, asked);
+        }
     }
 
     /// Lets the fleet decide; what it decides is done when the loop's turn ends.
     fn turn(&mut self, event: Event) {
         let actions = self.fleet.handle(clock::now(), event);
+        self.note_news();
         if !actions.is_empty() {
             self.decided.push_back(actions);
         }
@@ -419,6 +456,7 @@ impl Driver {
             if ready {
                 let (op, outcome, _) = self.unsaid.remove(index);
                 let ended = operation_view(outcome, &self.world);
+                self.journal.ended(now, op, &ended);
                 self.operations.end(now, op, ended);
             }
         }
@@ -435,6 +473,7 @@ impl Driver {
 
     fn terminate(&mut self, signal: i32) {
         tracing::info!(signal, "asked to end");
+        self.journal.daemon(clock::now(), "daemon_ending", serde_json::json!({ "signal": signal }));
         self.terminated = Some(signal);
         self.announce_end();
         self.turn(Event::Asked { op: OWN_OP, command: Command::Terminate });
@@ -511,6 +550,10 @@ impl Driver {
             Request::Jlist { targets, show_env } => {
                 self.publish(Question::Jlist(show_env.into()), &targets, replies)?;
             }
+            Request::EnvDiff { target } => {
+                let answer = self.env_diff(&target)?;
+                let _ = replies.send(Reply::Answer(answer));
+            }
             Request::Env { target } => {
                 let slots = self.slots(&[target])?;
                 let env = slots.first().map(|slot| pairs(&slot.env)).unwrap_or_default();
@@ -522,9 +565,24 @@ impl Driver {
                 let _ = replies.send(Reply::Answer(Answer::Operation(done)));
             }
             Request::Start { specs, shell } => self.start(op, specs, shell, replies)?,
+            Request::Apply { specs, all, file, prune, act, shell, show_env } => {
+                let specs = self.settled(specs);
+                let plan = self.fleet.plan(&specs, &all, &file, prune);
+                let shown = plan_view(&plan, show_env.into());
+                if !act {
+                    let _ = replies.send(Reply::Answer(Answer::Plan(shown)));
+                    return Ok(());
+                }
+                let removed: Vec<&AppName> =
+                    plan.steps.iter().filter(|step| step.spec.is_none()).map(|step| &step.app).collect();
+                self.check_addresses(&specs, &removed)?;
+                let _ = replies.send(Reply::Plan(shown));
+                self.remember_shell(&specs, shell);
+                self.command(op, Command::Apply { specs, all, file, prune }, replies);
+            }
             Request::Act { verb, targets, specs, shell, update_env } => {
-                let specs = settled(specs);
-                self.check_addresses(&specs)?;
+                let specs = self.settled(specs);
+                self.check_addresses(&specs, &[])?;
                 let mut selection = self.select(&targets)?;
                 let asked_by_file = targets.is_empty() && !specs.is_empty();
                 if asked_by_file {
@@ -596,12 +654,35 @@ impl Driver {
         Ok(())
     }
 
+    fn env_diff(&self, target: &str) -> Result<Answer, Refused> {
+        let slots = self.slots(&[target.to_owned()])?;
+        let Some(slot) = slots.first() else { return Err(usage("this names no instance", None)) };
+        let app = slot.spec.name.clone();
+        let (Some(view), Some(run)) = (self.fleet.app(&app), &slot.view.current) else {
+            return Ok(Answer::EnvDiff { app, changes: Vec::new() });
+        };
+        let shell = self.shells.present().get(&app).cloned().unwrap_or_default();
+        let mut next = configured_environment(&view.spec, &shell, &run.id, slot.view.pm_id)
+            .map_err(|error| failed("cannot tell what the next start would get", &error))?;
+        let mut changes = Vec::new();
+        for (name, value) in slot.env.iter().filter(|(name, _)| !is_scrubbed(name)) {
+            let new = next.remove(name);
+            if new.as_deref() != Some(value) {
+                changes.push(KeyChange { key: name.to_owned(), old: Some(value.to_owned()), new });
+            }
+        }
+        changes.extend(next.into_iter().map(|(key, value)| KeyChange { key, old: None, new: Some(value) }));
+        Ok(Answer::EnvDiff { app, changes })
+    }
+
     fn command(&mut self, op: OpId, command: Command, replies: &Replies) {
+        let (verb, apps) = described(&command);
+        self.journal.begun(clock::now(), op, verb, &apps);
         let memo = OperationMemo::of(op, &command, &self.fleet);
         if memo.is_some() {
             // Noted before the fleet hears of it: what is not noted has never begun.
             self.operations.begin(op, memo, replies.clone());
-            self.world.record(clock::now(), &self.fleet, &self.operations);
+            self.record(clock::now());
         } else {
             self.operations.begin(op, None, replies.clone());
         }
@@ -615,21 +696,19 @@ impl Driver {
         shell: BTreeMap<String, String>,
         replies: &Replies,
     ) -> Result<(), Refused> {
-        let specs = settled(specs);
-        self.check_addresses(&specs)?;
-        let shell = Arc::new(shell);
-        for spec in &specs {
-            if self.fleet.app(&spec.name).is_none() {
-                self.shells.set(&spec.name, &shell);
-            }
-        }
+        let specs = self.settled(specs);
+        self.check_addresses(&specs, &[])?;
+        self.remember_shell(&specs, shell);
         let selection: Vec<Selected> = specs.iter().map(|spec| whole(&spec.name)).collect();
-        // A start of something that runs with another spec is a reload.
+        // A start of something that runs another program is a reload.
+        let replaced = |old: &AppSpec, new: &AppSpec| {
+            differences(old, new).iter().any(|difference| difference.weight == Weight::Process)
+        };
         let changed: Vec<Selected> = selection
             .into_iter()
             .filter(|selected| {
                 self.fleet.app(&selected.app).is_some_and(|app| {
-                    specs.iter().any(|spec| spec.name == selected.app && *spec != app.spec)
+                    specs.iter().any(|spec| spec.name == selected.app && replaced(&app.spec, spec))
                 })
             })
             .collect();
@@ -694,6 +773,30 @@ impl Driver {
         Ok(Answer::Saved { path: self.world.dump_path(), apps })
     }
 
+    /// Apps that are new get the caller's environment.
+    fn remember_shell(&mut self, specs: &[Arc<AppSpec>], shell: BTreeMap<String, String>) {
+        let shell = Arc::new(shell);
+        for spec in specs {
+            if self.fleet.app(&spec.name).is_none() {
+                self.shells.set(&spec.name, &shell);
+            }
+        }
+    }
+
+    /// Whether log files are merged is decided once: neither a later `scale` nor another number in the file renames them.
+    fn settled(&self, specs: Vec<AppSpec>) -> Vec<Arc<AppSpec>> {
+        specs
+            .into_iter()
+            .map(|mut spec| {
+                if spec.logs.merge.is_none() {
+                    let known = self.fleet.app(&spec.name).and_then(|view| view.spec.logs.merge);
+                    spec.logs.merge = Some(known.unwrap_or_else(|| is_merged(&spec)));
+                }
+                Arc::new(spec)
+            })
+            .collect()
+    }
+
     /// Instances that an operation has yet to start would get another environment than those it has started.
     fn check_shell(&self, selection: &[Selected], shell: &Shell) -> Result<(), Refused> {
         for Selected { app, .. } in selection {
@@ -707,13 +810,14 @@ impl Driver {
     }
 
     /// Two apps with one address would take each other's connections.
-    fn check_addresses(&self, specs: &[Arc<AppSpec>]) -> Result<(), Refused> {
+    fn check_addresses(&self, specs: &[Arc<AppSpec>], removed: &[&AppName]) -> Result<(), Refused> {
         let running = self.fleet.view();
         for spec in specs {
             let others = running
                 .iter()
                 .map(|app| &app.spec)
                 .filter(|other| !specs.iter().any(|spec| spec.name == other.name))
+                .filter(|other| !removed.contains(&&other.name))
                 .chain(specs)
                 .filter(|other| other.name != spec.name);
             for other in others {
@@ -826,17 +930,6 @@ impl Driver {
     }
 }
 
-/// Whether log files are merged is decided once: a later `scale` must not rename them.
-fn settled(specs: Vec<AppSpec>) -> Vec<Arc<AppSpec>> {
-    specs
-        .into_iter()
-        .map(|mut spec| {
-            spec.logs.merge = Some(is_merged(&spec));
-            Arc::new(spec)
-        })
-        .collect()
-}
-
 fn is_condemned(app: &SavedApp) -> bool {
     app.operation == Some(SavedOperation::Delete)
 }
@@ -847,6 +940,32 @@ fn whole(app: &AppName) -> Selected {
 
 fn pairs(variables: &Variables) -> BTreeMap<String, String> {
     variables.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+/// What a command is called in the stream of events, and which apps it names.
+fn described(command: &Command) -> (&'static str, Vec<String>) {
+    let names = |selection: &[Selected]| selection.iter().map(|one| one.app.to_string()).collect();
+    match command {
+        Command::Start { specs } => ("start", specs.iter().map(|spec| spec.name.to_string()).collect()),
+        Command::Apply { specs, .. } => ("apply", specs.iter().map(|spec| spec.name.to_string()).collect()),
+        Command::Act { verb, selection, .. } => {
+            let verb = match verb {
+                Verb::Start => "start",
+                Verb::Stop => "stop",
+                Verb::Restart => "restart",
+                Verb::Reload => "reload",
+                Verb::Delete => "delete",
+            };
+            (verb, names(selection))
+        }
+        Command::Scale { app, .. } => ("scale", vec![app.to_string()]),
+        Command::Resurrect { saved } => {
+            ("resurrect", saved.apps.iter().map(|app| app.spec.name.to_string()).collect())
+        }
+        Command::Kill => ("kill", Vec::new()),
+        Command::Terminate => ("shutdown", Vec::new()),
+        Command::Reset { selection } => ("reset", names(selection)),
+    }
 }
 
 const fn verb_of(verb: AskedVerb) -> Verb {

@@ -187,6 +187,21 @@ pub fn launch(
     Ok(Launch { program, argv, env, cwd: spec.cwd.clone() })
 }
 
+/// The variables that the next start in this slot would have, but for those of pm itself.
+///
+/// # Errors
+/// An env file cannot be read.
+pub fn configured_environment(
+    spec: &AppSpec,
+    shell: &BTreeMap<String, String>,
+    id: &InstanceId,
+    pm_id: PmId,
+) -> Result<BTreeMap<String, String>, LaunchError> {
+    let role = Role { id, pm_id, token: "", worker: None, notify: None, agent: Path::new("") };
+    let all = environment_of(spec, shell, &role)?;
+    Ok(all.into_iter().filter(|(name, _)| !environment::is_scrubbed(name)).collect())
+}
+
 fn environment_of(
     spec: &AppSpec,
     shell: &BTreeMap<String, String>,

@@ -165,21 +165,32 @@ impl Operations {
         }
     }
 
-    /// Ends operations of an earlier supervisor whose apps have come to rest.
-    pub fn end_inherited(&mut self, now: Moment, fleet: &Fleet) {
+    /// The operation under way that an earlier supervisor was asked for this app.
+    #[must_use]
+    pub fn about(&self, app: &AppName) -> Option<OpId> {
+        let memos = self.under_way.values().filter(|operation| operation.inherited);
+        memos
+            .filter_map(|operation| operation.memo.as_ref())
+            .find(|memo| memo.is_about(app))
+            .map(|memo| memo.op)
+    }
+
+    /// Ends operations of an earlier supervisor whose apps have come to rest, and says which.
+    pub fn end_inherited(&mut self, now: Moment, fleet: &Fleet) -> Vec<(OpId, Ended)> {
         if !self.under_way.values().any(|operation| operation.inherited) {
-            return;
+            return Vec::new();
         }
         let saved = fleet.saved();
-        let ended: Vec<(OpId, OperationView)> = self
+        let ended: Vec<(OpId, Ended)> = self
             .under_way
             .iter()
             .filter(|(_, operation)| operation.inherited)
-            .filter_map(|(op, operation)| Some((*op, operation.memo.as_ref()?.ended(fleet, &saved)?)))
+            .filter_map(|(op, operation)| Some((*op, Ok(operation.memo.as_ref()?.ended(fleet, &saved)?))))
             .collect();
-        for (op, view) in ended {
-            self.end(now, op, Ok(view));
+        for (op, ended) in &ended {
+            self.end(now, *op, ended.clone());
         }
+        ended
     }
 
     /// Says something to everybody who waits. A client that has gone is no reason to stop.

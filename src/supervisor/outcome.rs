@@ -86,6 +86,16 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
             let cause = format!("superseded by a {by} of the same app");
             failed(app, "superseded", plain(cause, None))
         }
+        AppOutcome::Waiting { on, why } => {
+            let cause = format!("not started: waiting for `{on}`, which {why}");
+            let hint =
+                format!("It starts by itself as soon as `{on}` is up; see `pm describe {}`.", word(&on));
+            failed(app, "waiting", plain(cause, Some(&hint)))
+        }
+        AppOutcome::Skipped { on } => {
+            let cause = format!("nothing was changed: it depends on `{on}`, which failed");
+            failed(app, "skipped", plain(cause, Some("Put that right, then apply the file again.")))
+        }
         AppOutcome::NotRemembered { what, error } => {
             let hint = "Free some space and run the command again; until then a reboot would not know of it.";
             failed(app, what, plain(format!("{what}, but not remembered over a reboot: {error}"), Some(hint)))
@@ -125,8 +135,7 @@ fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Du
 }
 
 fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[Slot]) -> String {
-    // Names may have spaces, and what a hint says is typed as it stands.
-    let word = if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() };
+    let word = word(app);
     let logs = match reason {
         // What never ran has no logs.
         ExitReason::NotStarted(_) if kept.is_empty() => format!("Put that right, then `pm restart {word}`."),
@@ -142,6 +151,11 @@ fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[S
         ),
         (false, true) | (true, true) => logs,
     }
+}
+
+/// Names may have spaces, and what a hint says is typed as it stands.
+fn word(app: &AppName) -> String {
+    if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() }
 }
 
 fn numbers(slots: &[Slot]) -> String {

@@ -282,6 +282,10 @@ fn note(slot: &SlotInfo, now: Moment) -> Option<String> {
         Status::Launching if view.current.as_ref().is_some_and(|run| run.queued) => {
             notes.push("queued".to_owned());
         }
+        Status::Launching if !view.waiting_for.is_empty() => {
+            let names: Vec<&str> = view.waiting_for.iter().map(|app| app.as_str()).collect();
+            notes.push(format!("waiting for {}", names.join(", ")));
+        }
         Status::WaitingRestart => {
             if let Some(at) = view.restart_at {
                 notes.push(format!("restart in {}", seconds(at.since(now))));

@@ -12,6 +12,7 @@ use crate::model::id::{AppName, OpId, Slot};
 use crate::model::saved::{Desired, SavedApp, SavedFleet};
 use crate::model::status::Status;
 use crate::policy::fleet::{AppView, Fleet};
+use crate::policy::plan::{Measure, Planned};
 use crate::policy::vocabulary::{Command, Selected, SlotView, Verb};
 
 /// What is noted of an operation.
@@ -97,6 +98,12 @@ impl OperationMemo {
                     AppAim { app: spec.name.clone(), slots: None, goal, what }
                 })
                 .collect(),
+            Command::Apply { specs, all, file, prune } => fleet
+                .plan(specs, all, file, *prune)
+                .steps
+                .iter()
+                .filter_map(|step| planned(step, fleet))
+                .collect(),
             Command::Act { verb, selection, .. } => {
                 selection.iter().map(|selected| act(*verb, selected, fleet)).collect()
             }
@@ -126,6 +133,15 @@ impl OperationMemo {
         Some(Self { op, aim: Aim::Apps(aims) })
     }
 
+    /// Whether it wants something of this app.
+    #[must_use]
+    pub fn is_about(&self, app: &AppName) -> bool {
+        match &self.aim {
+            Aim::Apps(aims) => aims.iter().any(|aim| aim.app == *app),
+            Aim::Kill => true,
+        }
+    }
+
     /// Whether any of it had become part of the desired state, so that the fleet finishes or undoes it.
     #[must_use]
     pub fn has_begun(&self, saved: &SavedFleet) -> bool {
@@ -149,7 +165,8 @@ impl OperationMemo {
     pub fn ended(&self, fleet: &Fleet, saved: &SavedFleet) -> Option<OperationView> {
         let Aim::Apps(aims) = &self.aim else { return None };
         let views: Vec<Option<AppView>> = aims.iter().map(|aim| fleet.app(&aim.app)).collect();
-        let at_rest = aims.iter().zip(&views).all(|(aim, view)| view.as_ref().is_none_or(|v| aim.at_rest(v)));
+        let at_rest =
+            aims.iter().zip(&views).all(|(aim, view)| view.as_ref().is_none_or(|v| aim.at_rest(v, fleet)));
         if !at_rest {
             return None;
         }
@@ -157,6 +174,21 @@ impl OperationMemo {
             aims.iter().zip(&views).map(|(aim, view)| aim.result(view.as_ref(), saved)).collect();
         Some(OperationView { ok: apps.iter().all(|app| app.ok), apps })
     }
+}
+
+/// What a step of a plan wants; `None` where nothing is waited for.
+fn planned(step: &Planned, fleet: &Fleet) -> Option<AppAim> {
+    let revision = fleet.app(&step.app).map_or(0, |view| view.revision);
+    let instances = step.spec.as_ref().map_or(0, |spec| spec.instances);
+    let autostart = step.spec.as_ref().is_some_and(|spec| spec.autostart);
+    let (goal, what) = match step.measure {
+        Measure::Remove => (Goal::Gone, Past::Deleted),
+        Measure::Create | Measure::Start { .. } if autostart => (Goal::Up, Past::Started),
+        Measure::Reload | Measure::Restart => (Goal::After(revision), Past::Reloaded),
+        Measure::Scale { .. } => (Goal::Count(instances), Past::Scaled),
+        Measure::Create | Measure::Start { .. } | Measure::Update | Measure::Unchanged => return None,
+    };
+    Some(AppAim { app: step.app.clone(), slots: None, goal, what })
 }
 
 fn act(verb: Verb, selected: &Selected, fleet: &Fleet) -> AppAim {
@@ -221,14 +253,22 @@ impl AppAim {
             .map(|(slot, _)| (slot.desired, if slot.revision == 0 { app.revision } else { slot.revision }))
     }
 
-    fn at_rest(&self, view: &AppView) -> bool {
+    fn at_rest(&self, view: &AppView, fleet: &Fleet) -> bool {
+        // What it waits for may come up at any time, or never.
+        let stuck = |app: &AppName| {
+            fleet.app(app).is_none_or(|view| {
+                view.operation.is_none() && view.slots.iter().all(|slot| slot.status != Status::Launching)
+            })
+        };
         view.operation.is_none()
             && chosen(view, self.slots.as_deref()).all(|slot| {
+                let waits = !slot.waiting_for.is_empty() && slot.waiting_for.iter().all(stuck);
                 slot.draining.is_empty()
-                    && matches!(
-                        slot.status,
-                        Status::Online | Status::Stopped | Status::Errored | Status::WaitingRestart
-                    )
+                    && (waits
+                        || matches!(
+                            slot.status,
+                            Status::Online | Status::Stopped | Status::Errored | Status::WaitingRestart
+                        ))
             })
     }
 

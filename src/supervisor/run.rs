@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::blob_memory::{BlobMemory, HALVES};
 use super::driver::{Driver, DriverError, Ended, Input, Parts};
 use super::handle::{Ask, SupervisorHandle};
+use super::journal::Journal;
 use super::listeners::Listeners;
 use super::notices::Notices;
 use super::operations::Operations;
@@ -33,6 +34,7 @@ use crate::metrics::host::available_cpus;
 use crate::model::saved::{Memo, SavedFleet};
 use crate::model::signal::Signal;
 use crate::policy::fleet::{Fleet, Settings};
+use crate::store::events::FILE_MAX;
 use crate::store::paths::{Home, user_name};
 use crate::store::state::{Loaded, StateError, StateStore};
 use crate::sys::{clock, limits, memory, orphans, peer};
@@ -176,11 +178,13 @@ where
     let logs = tools.logs.clone();
     let mut world = World::new(tools);
     let known = remembered.is_some() && !hello.without_blob;
-    let (memo, channels, listeners, asked) = match remembered {
+    let (memo, channels, listeners, asked, journal) = match remembered {
         // Whatever the supervisors died of: without its listeners an app cannot serve.
-        Some(blob) if hello.without_blob => (None, Vec::new(), blob.listeners, None),
-        Some(blob) => (Some(blob.memo), blob.channels, blob.listeners, Some(blob.operations)),
-        None => (None::<Memo>, Vec::new(), Vec::new(), None),
+        Some(blob) if hello.without_blob => (None, Vec::new(), blob.listeners, None, Some(blob.journal)),
+        Some(blob) => {
+            (Some(blob.memo), blob.channels, blob.listeners, Some(blob.operations), Some(blob.journal))
+        }
+        None => (None::<Memo>, Vec::new(), Vec::new(), None, None),
     };
     let mut operations = Operations::default();
     let kills = operations.adopt(asked, &loaded.state.fleet);
@@ -196,6 +200,11 @@ where
     let (handle, asks_rx) = SupervisorHandle::new();
     let saver = Saver::start(store, sink(&inputs_tx, Input::Saved), memory::give_back)
         .map_err(step("start the saver"))?;
+    let mut journal =
+        Journal::start(home.events(), FILE_MAX, journal).map_err(step("start the writer of events"))?;
+    let event = if hello.last_death.is_some() { "supervisor_restarted" } else { "daemon_started" };
+    let pids = serde_json::json!({ "pid": std::process::id(), "daemon_pid": keeper, "deaths": hello.deaths });
+    journal.daemon(clock::now(), event, pids);
     let publisher = Publisher::start(keeper.cast_signed()).map_err(step("start the publisher"))?;
     let driver = Driver::new(Parts {
         fleet,
@@ -206,6 +215,7 @@ where
         dump: StateStore::new(home.dump(), home.dump_env_dir()),
         warnings,
         operations,
+        journal,
         kills,
         notices: Notices::from_environment(keeper),
     });

@@ -67,12 +67,14 @@ impl Shells {
                 Outcome::Refused(_) => false,
                 Outcome::Done { apps } | Outcome::Failed { apps } => {
                     match apps.iter().find(|(name, _)| *name == app).map(|(_, outcome)| outcome) {
-                        Some(AppOutcome::NotSaved { .. }) | None => false,
+                        Some(AppOutcome::NotSaved { .. } | AppOutcome::Skipped { .. }) | None => false,
                         Some(AppOutcome::Superseded { .. }) => !undone,
                         Some(AppOutcome::Failed { replaced, .. }) => !undone || !replaced.is_empty(),
                         Some(
                             AppOutcome::Done { .. }
                             | AppOutcome::Already { .. }
+                            // It is there, and starts with it when its turn has come.
+                            | AppOutcome::Waiting { .. }
                             | AppOutcome::NotRemembered { .. },
                         ) => true,
                     }

@@ -20,6 +20,7 @@ use tokio::task::AbortHandle;
 use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
+use super::journal::Journal;
 use super::launch::FIRST_FD;
 use super::listeners::{self, Listeners};
 use super::operations::Operations;
@@ -260,7 +261,7 @@ impl World {
     }
 
     /// Writes the blob if anything has changed, then lets the dispatcher consume what is now recorded.
-    pub fn record(&mut self, now: Moment, fleet: &Fleet, operations: &Operations) {
+    pub fn record(&mut self, now: Moment, fleet: &Fleet, operations: &Operations, journal: &Journal) {
         let Self { runs, cluster_listeners, blob, .. } = self;
         let content = || Blob {
             version: blob::VERSION,
@@ -272,8 +273,11 @@ impl World {
                 .collect(),
             listeners: cluster_listeners.values().cloned().collect(),
             operations: operations.memo(now),
+            journal: journal.memo(),
         };
-        if let Err(error) = blob.record((fleet.changed(), self.changes + operations.changes()), content) {
+        if let Err(error) =
+            blob.record((fleet.changed(), self.changes + operations.changes() + journal.changes()), content)
+        {
             tracing::warn!(%error, "cannot write the blob");
         }
         for token in self.unrecorded.drain(..) {
@@ -309,6 +313,10 @@ impl World {
                         vec![Event::SpawnFailed { id, error, retry }]
                     }
                 }
+            }
+            Action::TakeOver { app, spec, revision } => {
+                self.follow(&app, &spec, revision);
+                Vec::new()
             }
             Action::PutIn { id } => {
                 if self.runs.get(&id).is_some_and(|run| run.spec.inherits_slots()) {
@@ -369,6 +377,16 @@ impl World {
             }
             Action::Save { .. } | Action::Progress { .. } | Action::Reply { .. } | Action::Quit => {
                 unreachable!("the driver performs these itself")
+            }
+        }
+    }
+
+    /// What is shown of these runs, and said of their failures, follows the new rules.
+    fn follow(&mut self, app: &AppName, spec: &Arc<AppSpec>, revision: u64) {
+        self.listen_timeouts.insert(app.clone(), spec.ready.listen_timeout);
+        for (id, run) in &mut self.runs {
+            if id.app == *app && run.tag.revision == revision {
+                run.spec = Arc::clone(spec);
             }
         }
     }

@@ -9,13 +9,16 @@
 )]
 
 mod agent;
+mod apply;
 mod bad_input;
 mod balance;
 mod config_keys;
 mod crash;
 mod crash_daemon;
 mod daemon;
+mod depends_on;
 mod env;
+mod events;
 mod harness;
 mod jlist_format;
 mod keepalive;

@@ -3,13 +3,15 @@
 //! A sequence that breaks a promise prints its seed; `PM_SIM_SEED=n cargo test --test sim one_seed -- --nocapture`
 //! tells its story again. `PM_SIM_RUNS` sets how many are tried.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pm::model::exit::ExitReason;
-use pm::model::id::Slot;
+use pm::model::id::{AppName, Slot};
 use pm::model::signal::Signal;
-use pm::model::spec::{AppSpec, Share};
+use pm::model::spec::{AppSpec, Dependency, Share};
 use pm::policy::vocabulary::{Command, Selected, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
@@ -37,6 +39,9 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
     // Two likes, so that a reload may change what an app is.
     let likes = [*rng.pick(&specs::ALL), *rng.pick(&specs::ALL)];
     let unkind = world.unkind.clone();
+    if rng.chance(50) {
+        world.needs = needs();
+    }
     let steps = 6 + rng.below(14);
     for _ in 0..steps {
         if world.broken.is_some() {
@@ -61,9 +66,17 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
     (world, broken)
 }
 
-fn any_spec(rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -> AppSpec {
+/// web needs api, and job needs both.
+fn needs() -> BTreeMap<AppName, BTreeMap<AppName, Dependency>> {
+    let (api, web) = (name("api"), name("web"));
+    let of_job = BTreeMap::from([(api.clone(), Dependency::Started), (web.clone(), Dependency::Ready)]);
+    BTreeMap::from([(web, BTreeMap::from([(api, Dependency::Ready)])), (name("job"), of_job)])
+}
+
+fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -> AppSpec {
     let like = if rng.chance(80) { likes[0] } else { likes[1] };
     let mut spec = spec(app, like, u32::try_from(1 + rng.below(3)).unwrap());
+    spec.depends_on = world.needs.get(&spec.name).cloned().unwrap_or_default();
     if rng.chance(30) {
         spec.env.vars.insert(String::from("RELEASE"), rng.below(3).to_string());
     }
@@ -86,11 +99,19 @@ fn step(world: &mut World, rng: &mut Rng, likes: &[specs::Like; 2]) {
     let app = *rng.pick(&APPS);
     match rng.below(22) {
         0..=3 => {
-            let spec = any_spec(rng, app, likes);
+            let spec = any_spec(world, rng, app, likes);
             world.ask(Command::Start { specs: vec![Arc::new(spec)] });
         }
+        4 if rng.chance(50) => {
+            let specs: Vec<_> = APPS.iter().map(|app| Arc::new(any_spec(world, rng, app, likes))).collect();
+            let all: Vec<AppName> = APPS.into_iter().map(name).collect();
+            let count = 1 + usize::try_from(rng.below(3)).unwrap();
+            let file = PathBuf::from("/srv/ecosystem.toml");
+            let specs = specs.into_iter().take(count).collect();
+            world.ask(Command::Apply { specs, all, file, prune: rng.chance(30) });
+        }
         4 => {
-            let specs = APPS.iter().map(|app| Arc::new(any_spec(rng, app, likes))).collect();
+            let specs = APPS.iter().map(|app| Arc::new(any_spec(world, rng, app, likes))).collect();
             world.ask(Command::Start { specs });
         }
         5..=7 => act(world, rng, Verb::Reload, app, likes),
@@ -145,7 +166,7 @@ fn step(world: &mut World, rng: &mut Rng, likes: &[specs::Like; 2]) {
 fn act(world: &mut World, rng: &mut Rng, verb: Verb, app: &str, likes: &[specs::Like; 2]) {
     let slots = rng.chance(25).then(|| vec![Slot(u32::try_from(rng.below(3)).unwrap())]);
     let specs = if slots.is_none() && matches!(verb, Verb::Reload | Verb::Restart) && rng.chance(40) {
-        vec![Arc::new(any_spec(rng, app, likes))]
+        vec![Arc::new(any_spec(world, rng, app, likes))]
     } else {
         Vec::new()
     };

@@ -4,6 +4,7 @@
 //! simulation watches nothing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use pm::model::id::{AppName, Generation, InstanceId, OpId, Slot};
 use pm::model::saved::{Desired, Found, SavedFleet};
@@ -56,6 +57,10 @@ pub(crate) enum Bug {
     /// `stop` answers before the processes are gone.
     StopLies,
     DeafToTime,
+    /// Nobody waits for what it needs.
+    StartsAtOnce,
+    /// What others need goes down with them.
+    StopsAtOnce,
 }
 
 /// The bug and what it needs to know.
@@ -89,6 +94,16 @@ impl Sabotage {
                     && one.slots.is_none()
                 {
                     self.lie = Some((op, one.app.clone()));
+                }
+                vec![Event::Asked { op, command }]
+            }
+            (Bug::StartsAtOnce | Bug::StopsAtOnce, Event::Asked { op, mut command }) => {
+                if let Command::Start { specs } | Command::Apply { specs, .. } | Command::Act { specs, .. } =
+                    &mut command
+                {
+                    for spec in specs {
+                        Arc::make_mut(spec).depends_on.clear();
+                    }
                 }
                 vec![Event::Asked { op, command }]
             }
@@ -239,6 +254,8 @@ fn every_planted_bug_is_found() {
         Bug::CloseEarly,
         Bug::StopLies,
         Bug::DeafToTime,
+        Bug::StartsAtOnce,
+        Bug::StopsAtOnce,
     ] {
         match first_breach(bug, 0..2000) {
             Some((seed, why)) => println!("{bug:?}: seed {seed}: {why}"),

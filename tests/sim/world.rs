@@ -12,11 +12,12 @@ use std::time::Duration;
 use pm::model::exit::ExitReason;
 use pm::model::id::{AppName, InstanceId, OpId, Slot};
 use pm::model::moment::Moment;
-use pm::model::saved::{Desired, Found, Memo, SavedFleet};
+use pm::model::saved::{Desired, Found, Memo, SavedApp, SavedFleet};
 use pm::model::signal::Signal;
-use pm::model::spec::{AppSpec, ReloadRules};
+use pm::model::spec::{AppSpec, Dependency, ReloadRules};
 use pm::model::status::Status;
 use pm::policy::fleet::{Fleet, Settings};
+use pm::policy::news::{News, What};
 use pm::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Step, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
@@ -159,6 +160,15 @@ pub(crate) struct World {
     /// The memory of a supervisor is kept also where none dies by chance.
     pub(crate) remembers: bool,
     pub(crate) spawns: u32,
+    /// What each app needs, in every spec of it.
+    pub(crate) needs: BTreeMap<AppName, BTreeMap<AppName, Dependency>>,
+    /// Apps of which something was started since they were last at rest.
+    awake: BTreeSet<AppName>,
+    /// Those of them that were once up altogether.
+    was_up: BTreeSet<AppName>,
+    /// Runs in rotation, as the news tell.
+    rotation: BTreeSet<InstanceId>,
+    pub(crate) news: Vec<News>,
     stuck: u32,
     last_op: Option<OpId>,
 }
@@ -192,6 +202,11 @@ impl World {
             verbose: false,
             remembers: false,
             spawns: 0,
+            needs: BTreeMap::new(),
+            awake: BTreeSet::new(),
+            was_up: BTreeSet::new(),
+            rotation: BTreeSet::new(),
+            news: Vec::new(),
             stuck: 0,
             last_op: None,
         }
@@ -320,6 +335,8 @@ impl World {
                 format!("failed: {} {reason}, {} replaced, {} kept", id.slot, replaced.len(), kept.len())
             }
             AppOutcome::Superseded { by } => format!("superseded by {by}"),
+            AppOutcome::Waiting { on, why } => format!("waiting for {on}, which {why}"),
+            AppOutcome::Skipped { on } => format!("skipped after {on}"),
             AppOutcome::NotRemembered { what, .. } => format!("{what}, not remembered"),
             AppOutcome::NotSaved { .. } => String::from("not saved"),
         };
@@ -544,6 +561,9 @@ impl World {
         self.memo = None;
         self.open.clear();
         self.spawned.clear();
+        self.awake.clear();
+        self.was_up.clear();
+        self.rotation.clear();
         self.later(secs(1), Happening::SupervisorStarts);
     }
 
@@ -601,6 +621,12 @@ impl World {
         self.sabotage.restore(&mut saved, &mut found);
         let (fleet, mut actions) = Fleet::restore(self.settings, self.now, saved, memo, found);
         self.fleet = Some(fleet);
+        if forgets {
+            // What has to be believed is no news, and what is told may have been told before.
+            let _ = self.fleet.as_mut().map(Fleet::take_news);
+            self.rotation = self.online();
+        }
+        self.hear_news();
         self.remember();
         self.sabotage.actions(&mut actions);
         self.perform(actions);
@@ -628,6 +654,7 @@ impl World {
             self.log.push(format!("{:>9.3} {event:?}", self.now.nanos() as f64 / 1e9 - 1.0));
         }
         let mut actions = fleet.handle(self.now, event);
+        self.hear_news();
         self.remember();
         self.sabotage.actions(&mut actions);
         let dies_after = if self.rng.chance(self.unkind.dies) {
@@ -646,6 +673,107 @@ impl World {
                 self.supervisor_dies();
             }
             None => self.perform(actions),
+        }
+    }
+
+    /// News are remembered with everything else of a turn, before it is acted on.
+    fn hear_news(&mut self) {
+        let Some(fleet) = &mut self.fleet else { return };
+        for news in fleet.take_news() {
+            if let Some(run) = &news.run {
+                let fine = match &news.what {
+                    What::InRotation => self.rotation.insert(run.id.clone()),
+                    What::OutOfRotation => self.rotation.remove(&run.id),
+                    _ => true,
+                };
+                if !fine {
+                    let id = run.id.clone();
+                    broken!(self, "{id}: {:?} is told twice", news.what);
+                    return;
+                }
+            }
+            if self.verbose {
+                self.news.push(news);
+            }
+        }
+        if !self.needs.is_empty() {
+            self.note_up();
+        }
+        let online = self.online();
+        if self.rotation != online && !self.quit {
+            broken!(self, "the news tell of {:?} in rotation, the rows of {online:?}", self.rotation);
+        }
+    }
+
+    fn online(&self) -> BTreeSet<InstanceId> {
+        let views = self.fleet.iter().flat_map(Fleet::view);
+        let slots = views.flat_map(|view| view.slots);
+        let runs = slots.flat_map(|slot| slot.current.into_iter().chain(slot.draining));
+        runs.filter(|run| run.status == Status::Online).map(|run| run.id).collect()
+    }
+
+    /// What an app needs is up before anything of it is started from rest.
+    fn check_needs(&mut self, id: &InstanceId) {
+        if !self.awake.insert(id.app.clone()) || self.sabotage.bug == Bug::StopsAtOnce {
+            return;
+        }
+        let operation = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)?.operation);
+        // Nothing is promised of what is asked of an app in any other way.
+        if operation.is_some_and(|operation| operation != "start") {
+            return;
+        }
+        let needs = self.needs.get(&id.app).cloned().unwrap_or_default();
+        for (needed, how_far) in needs {
+            let up = match how_far {
+                Dependency::Ready => self.was_up.contains(&needed),
+                Dependency::Started => self.awake.contains(&needed),
+            };
+            if !up {
+                let app = &id.app;
+                broken!(self, "{app} is started although {needed}, which it needs, never came up");
+            }
+        }
+    }
+
+    fn note_up(&mut self) {
+        let Some(fleet) = &self.fleet else { return };
+        let saved = fleet.saved();
+        for (view, app) in fleet.view().iter().zip(&saved.apps) {
+            let running =
+                view.slots.iter().zip(&app.slots).filter(|(_, slot)| slot.desired == Desired::Running);
+            let mut up = running.map(|(row, _)| row.status == Status::Online).peekable();
+            let ended = app.slots.iter().all(|slot| slot.desired == Desired::Stopped);
+            if (up.peek().is_some() && up.all(|up| up)) || ended {
+                self.was_up.insert(app.spec.name.clone());
+            }
+        }
+    }
+
+    /// Of apps that go down together those that need another one are gone before it goes.
+    fn check_order(&mut self, id: &InstanceId) {
+        // What is not up goes when it is late, whoever is there.
+        if self.needs.is_empty() || !self.procs.get(id).is_some_and(Proc::serves) {
+            return;
+        }
+        let Some(fleet) = &self.fleet else { return };
+        let saved = fleet.saved();
+        let goes = |name: &AppName| {
+            saved.apps.iter().any(|app| {
+                app.spec.name == *name && app.slots.iter().all(|slot| slot.desired == Desired::Stopped)
+            })
+        };
+        // A slot that is given up goes at once.
+        let has_slot = |app: &SavedApp| app.spec.name == id.app && (id.slot.0 as usize) < app.slots.len();
+        if !goes(&id.app) || !saved.apps.iter().any(has_slot) {
+            return;
+        }
+        let first = self.procs.iter().find(|(other, proc)| {
+            let needs = self.needs.get(&other.app).is_some_and(|needs| needs.contains_key(&id.app));
+            needs && goes(&other.app) && proc.alive()
+        });
+        if let Some((other, _)) = first {
+            let other = other.clone();
+            broken!(self, "{id} goes down before {other}, which needs it");
         }
     }
 
@@ -701,6 +829,13 @@ impl World {
                 self.later(span, Happening::SaveEnds(save, state));
             }
             Action::Spawn { id, spec, revision, .. } => self.spawn(id, spec, revision),
+            Action::TakeOver { app, spec, revision } => {
+                for (_, proc) in
+                    self.procs.iter_mut().filter(|(id, proc)| id.app == app && proc.revision == revision)
+                {
+                    proc.spec = Arc::new(AppSpec { ready: proc.spec.ready.clone(), ..AppSpec::clone(&spec) });
+                }
+            }
             Action::Reply { op, outcome } => self.replied(op, outcome),
             Action::Progress { op, step } => self.steps.push((op, step)),
             Action::Quit => {
@@ -729,6 +864,7 @@ impl World {
             }),
             Action::TakeOut { id } => {
                 self.check_takedown(&id);
+                self.check_order(&id);
                 self.order(id, |proc, now, id| {
                     (proc.put_in, proc.ladder) = (false, true);
                     let span = proc.behaviour.settles_after;
@@ -738,6 +874,7 @@ impl World {
             }
             Action::Drain { id, within, .. } => {
                 self.check_takedown(&id);
+                self.check_order(&id);
                 self.order(id, |proc, now, id| {
                     proc.ladder = true;
                     // What a failed reload removes has less time than its spec says.
@@ -798,6 +935,7 @@ impl World {
 
     fn signal(&mut self, id: InstanceId) {
         self.check_takedown(&id);
+        self.check_order(&id);
         let now = self.now;
         let Some(proc) = self.procs.get_mut(&id) else {
             return broken!(self, "{id} is signalled although it is gone");
@@ -914,6 +1052,7 @@ impl World {
             },
         );
         self.check_surge(&id.app);
+        self.check_needs(&id);
         let span = millis(self.rng.below(3));
         self.later(span, Happening::Birth(id));
     }
@@ -942,6 +1081,10 @@ impl World {
                                 selection(&command, app).is_none_or(|slots| slots.contains(slot))
                             });
                             self.down.extend(slots.map(|slot| (app.clone(), slot)));
+                        }
+                        if selection(&command, app).is_none() {
+                            self.awake.remove(app);
+                            self.was_up.remove(app);
                         }
                         if let Some((id, _)) = self.procs.iter().find(|(id, _)| of_app(id)) {
                             let id = id.clone();
@@ -1116,7 +1259,16 @@ impl World {
                 return broken!(self, "{name} has {} slots instead of {}", view.slots.len(), app.slots.len());
             }
             for (row, wanted) in view.slots.iter().zip(&app.slots) {
+                let is_up = |needed: &AppName| {
+                    views.iter().any(|view| {
+                        view.spec.name == *needed
+                            && view.slots.iter().all(|slot| slot.status == Status::Online)
+                    })
+                };
                 let fine = match (wanted.desired, row.status) {
+                    (Desired::Running, Status::Launching) if !row.waiting_for.is_empty() => {
+                        row.current.is_none() && !row.waiting_for.iter().any(is_up)
+                    }
                     (Desired::Running, Status::Online) => row.current.is_some() && row.draining.is_empty(),
                     (Desired::Running, Status::Errored) | (Desired::Stopped, Status::Stopped) => {
                         row.current.is_none() && row.draining.is_empty()
@@ -1155,7 +1307,10 @@ fn selection<'a>(command: &'a Command, app: &AppName) -> Option<&'a Vec<Slot>> {
 /// Whether a command may do something to an app.
 fn concerns(command: &Command, app: &AppName) -> bool {
     match command {
-        Command::Start { specs } => specs.iter().any(|spec| spec.name == *app),
+        Command::Start { specs } | Command::Apply { specs, prune: false, .. } => {
+            specs.iter().any(|spec| spec.name == *app)
+        }
+        Command::Apply { .. } => true,
         Command::Act { selection, .. } | Command::Reset { selection } => {
             selection.iter().any(|one| one.app == *app)
         }

@@ -1,15 +1,18 @@
 //! The commands, a file each, and what several of them share.
 
 mod act;
+mod apply;
 mod check;
 mod describe;
 mod env;
+mod events;
 mod id;
 mod init;
 mod jlist;
 mod kill;
 mod list;
 mod logs;
+mod origin;
 mod pid;
 mod ping;
 mod reset;
@@ -33,7 +36,9 @@ use super::output::Terminal;
 use super::output::progress::{JsonLine, Progress, json_line};
 use super::output::table::{self, Columns};
 use crate::ipc::client::{Heard, Listen};
-use crate::ipc::protocol::{Answer, AppResult, Failure, ListView, OperationView, Refused, Request, Verb};
+use crate::ipc::protocol::{
+    Answer, AppResult, Failure, ListView, OperationView, PlanView, Refused, Request, Verb,
+};
 use crate::model::id::AppName;
 
 /// Runs a command; returns the exit code where that is no error's.
@@ -48,11 +53,13 @@ pub fn run(command: Command, context: &mut Context) -> Result<u8, CliError> {
         Command::Delete(args) => act::without_file(Verb::Delete, args, context).map(done),
         Command::Restart(args) => act::with_file(Verb::Restart, args, context).map(done),
         Command::Reload(args) => act::with_file(Verb::Reload, args, context).map(done),
+        Command::Apply(args) => apply::run(&args, context),
         Command::List(args) => list::run(&args, context).map(done),
         Command::Jlist(args) => jlist::run(&args, jlist::Form::Json, context).map(done),
         Command::Prettylist(args) => jlist::run(&args, jlist::Form::Pretty, context).map(done),
         Command::Describe(args) => describe::run(&args, context).map(done),
         Command::Logs(args) => logs::run(&args, context).map(done),
+        Command::Events(args) => events::run(&args, context).map(done),
         Command::Scale(args) => scale::run(&args, context).map(done),
         Command::Env(args) => env::run(&args, context).map(done),
         Command::Id(args) => id::run(&args, context).map(done),
@@ -111,12 +118,35 @@ fn operate(
     session: &mut Session,
     context: &mut Context,
 ) -> Result<Option<OperationView>, CliError> {
+    // Only `apply` has a plan.
+    operate_with(request, wording, Plain { no_wait, quiet: None }, session, context, |_, _, _| Ok(()))
+}
+
+/// How an operation is shown, where it is not shown in full.
+struct Plain {
+    /// Return as soon as the daemon has accepted it.
+    no_wait: bool,
+    /// For people results in these words are left out.
+    quiet: Option<&'static str>,
+}
+
+/// The same with something to do when the plan is known.
+fn operate_with(
+    request: Request,
+    wording: &Wording,
+    plain: Plain,
+    session: &mut Session,
+    context: &mut Context,
+    mut planned: impl FnMut(PlanView, bool, &mut Terminal) -> io::Result<()>,
+) -> Result<Option<OperationView>, CliError> {
+    let (no_wait, json) = (plain.no_wait, context.json);
     let mut progress = Progress::new(&context.terminal, context.json);
     let terminal = &mut context.terminal;
     let mut printing: Result<(), io::Error> = Ok(());
     let under_way = UnderWay::begin();
     let outcome = session.operate(request, |heard| {
         let told = match heard {
+            Heard::Plan(plan) => planned(*plan, json, terminal).map(|()| Listen::On),
             Heard::Notice(text) => progress.notice(&text, terminal).map(|()| Listen::On),
             // The first step follows the save that makes the request durable.
             Heard::Step(_) if no_wait => Ok(Listen::Enough),
@@ -141,7 +171,13 @@ fn operate(
             Ok(None)
         }
         Outcome::Done(view) => {
-            progress.result(&view, terminal)?;
+            if !json && let Some(quiet) = plain.quiet {
+                let mut shown = view.clone();
+                shown.apps.retain(|app| app.result != quiet);
+                progress.result(&shown, terminal)?;
+            } else {
+                progress.result(&view, terminal)?;
+            }
             let failed: Vec<FailedApp> =
                 view.apps.iter().filter(|app| !app.ok).map(|app| wording.failed(app)).collect();
             if !failed.is_empty() {

@@ -136,11 +136,9 @@ fn part(
                 hint: Some(format!("Give this one a name of its own: `pm start {target} --name NAME`.")),
             })
         }
-        // Who names nothing but the script wants it to run, and not other options.
-        Some(known) if known.command.script == spec.command.script && !wishes.change_an_app() => {
-            Ok(Part::New(vec![known]))
-        }
-        _ => Ok(Part::New(vec![spec])),
+        // Only what is named changes.
+        Some(known) => Ok(Part::New(vec![wishes.laid_over(&known, spec)])),
+        None => Ok(Part::New(vec![spec])),
     }
 }
 

@@ -3,7 +3,9 @@
 //! Colors are decided once, here: NO_COLOR, `--no-color`, and whether a stream is a terminal.
 
 pub mod describe;
+pub mod events;
 pub mod inspect;
+pub mod plan;
 pub mod progress;
 pub mod table;
 pub mod words;

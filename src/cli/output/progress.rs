@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::Terminal;
 use super::words;
-use crate::ipc::protocol::{OperationView, Refused, StepKind, StepView};
+use crate::ipc::protocol::{OperationView, PlanView, Refused, StepKind, StepView};
 use crate::model::id::{AppName, Generation, PmId, Slot};
 
 /// More slots than this get no lines of their own on a terminal.
@@ -76,6 +76,8 @@ struct Gone {
 pub enum JsonLine<'a> {
     /// Words before it acts.
     Notice(&'a str),
+    /// What is going to be done.
+    Plan(&'a PlanView),
     /// A step.
     Step(&'a StepView),
     /// The end.
