@@ -123,7 +123,7 @@ fn run_pump(dir: &Path, megabytes: usize, write_size: usize, stamp: Option<Stamp
     })?;
     let out = Some(Pipe { fd: read_end, target: Target::file(path.clone(), None) });
     let is_raw = stamp.is_none();
-    logs.attach(Attachment { id: id.clone(), out, err: None, stamp })?;
+    logs.attach(Attachment { id: id.clone(), out, err: None, stamp, mark: String::new(), watch: None })?;
     writer(megabytes, write_size, write_end.into())?.wait()?;
     logs.finish(id);
     drained_rx.recv_timeout(Duration::from_secs(60))?;

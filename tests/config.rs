@@ -340,7 +340,7 @@ fn mistakes_in_tables_say_what_would_work() {
         ("ready = { htp = '/a' }", "did you mean `http`?"),
         ("ready = { log = 'x', start_period = 1 }", "`start_period` is for `health` only"),
         ("health = { log = 'x' }", "`log` is for `ready` only"),
-        ("health = { tcp = '80', threshold = 0 }", "out of range; allowed: 1 to 1000"),
+        ("health = { tcp = '127.0.0.1:80', threshold = 0 }", "out of range; allowed: 1 to 1000"),
         ("pre_start = []", "a hook needs a program to run"),
         ("pre_reload = { timeout = 5 }", "a hook needs `run`"),
         ("post_stop = { run = 'true', timout = 5 }", "did you mean `timeout`?"),

@@ -70,7 +70,16 @@ impl World {
 
     fn attach(&self, id: &InstanceId, out: Pipe, err: Pipe, stamp: Option<&str>) {
         let stamp = stamp.and_then(Stamp::new);
-        self.logs.attach(Attachment { id: id.clone(), out: Some(out), err: Some(err), stamp }).unwrap();
+        self.logs
+            .attach(Attachment {
+                id: id.clone(),
+                out: Some(out),
+                err: Some(err),
+                stamp,
+                mark: String::new(),
+                watch: None,
+            })
+            .unwrap();
     }
 
     fn file(&self, name: &str) -> Target {
@@ -333,7 +342,17 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
     let again = read_end.try_clone().unwrap();
     let attach = |world: &World, fd: OwnedFd| {
         let out = Some(Pipe { fd, target: Target::file(world.path("x.log"), None) });
-        world.logs.attach(Attachment { id: app.clone(), out, err: None, stamp: None }).unwrap();
+        world
+            .logs
+            .attach(Attachment {
+                id: app.clone(),
+                out,
+                err: None,
+                stamp: None,
+                mark: String::new(),
+                watch: None,
+            })
+            .unwrap();
     };
     attach(&world, read_end);
     let write = |text: &str| {
@@ -346,7 +365,9 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
     let next = World::new();
     let path = world.path("x.log");
     let out = Some(Pipe { fd: again, target: Target::file(path, None) });
-    next.logs.adopt(Attachment { id: app.clone(), out, err: None, stamp: None }).unwrap();
+    next.logs
+        .adopt(Attachment { id: app.clone(), out, err: None, stamp: None, mark: String::new(), watch: None })
+        .unwrap();
     write("third\n");
     next.finish(&app);
     assert_eq!(world.read("x.log"), "first\nsecond\nthird\n");

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::error::{Place, Problem, quoted};
 use super::value::Value;
+use crate::model::address;
 use crate::model::spec::{Check, Probe};
 
 /// What a probe is for.
@@ -24,7 +25,7 @@ pub const TABLE_KEYS: [(&str, &str); 8] = [
     ("tcp", "A connection: \"127.0.0.1:{PORT}\" or \"unix:/run/app.sock\"."),
     ("exec", "A program with arguments: exit code 0 is good."),
     ("log", "A regular expression that a line of the instance's output matches (`ready` only)."),
-    ("interval", "From one answer to the next question; 1s for `ready`, 10s for `health`."),
+    ("interval", "From one answer to the next question; 1s for `ready` (less at first), 10s for `health`."),
     ("timeout", "How long an answer may take; 2s."),
     ("threshold", "How many answers in a row decide: good ones for `ready` (1), bad ones for `health` (3)."),
     ("start_period", "How long after it became ready an instance is left alone (`health` only); 0s."),
@@ -78,10 +79,23 @@ pub(super) fn read(value: Value<'_, '_>, role: Role) -> Result<Probe, Problem> {
     Ok(Probe { check, interval: probe.0, timeout, threshold: probe.1, start_period })
 }
 
+/// An address as it could be for an instance: names in braces stand for what nobody knows yet.
+fn filled_in(text: &str) -> String {
+    address::expand(text, |_| Some("1")).unwrap_or_else(|_| text.to_owned())
+}
+
 fn read_check(name: &str, entry: Value<'_, '_>) -> Result<Check, Problem> {
     Ok(match name {
-        "http" => Check::Http(entry.filled()?),
-        "tcp" => Check::Tcp(entry.filled()?),
+        "http" => {
+            let text = entry.filled()?;
+            address::http(&filled_in(&text)).map_err(|error| entry.problem(error.to_string()))?;
+            Check::Http(text)
+        }
+        "tcp" => {
+            let text = entry.filled()?;
+            address::tcp(&filled_in(&text)).map_err(|error| entry.problem(error.to_string()))?;
+            Check::Tcp(text)
+        }
         "log" => {
             let pattern = entry.filled()?;
             regex_lite::Regex::new(&pattern)

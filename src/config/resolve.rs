@@ -14,7 +14,7 @@ use super::overrides::Overrides;
 use super::{balance, command, depends, listen, paths};
 use crate::model::id::AppName;
 use crate::model::spec::{
-    AppSpec, Balance, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
+    AppSpec, Balance, Check, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
     ReadyRules, ReloadRules, RestartRules, Runtime, Stdin, StopRules,
 };
 
@@ -239,6 +239,7 @@ pub(super) fn resolve(
     }
 
     let depends_on = dependencies(app, &mut problems);
+    problems.extend(probes(app, command.as_ref().map(|command| command.runtime)));
     let stop = keep(stop(app), &mut problems);
     let reload = keep(reload(app), &mut problems);
     if let Some(var) = &app.increment_var
@@ -463,6 +464,34 @@ fn ready(app: &AppConfig) -> ReadyRules {
         listen_timeout: app.listen_timeout.unwrap_or(default.listen_timeout),
         probe: app.ready.as_ref().map(|probe| probe.value.clone()),
     }
+}
+
+/// What is wrong with an app's probes, beside each by itself.
+fn probes(app: &AppConfig, runtime: Option<Runtime>) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if let Some(ready) = &app.ready
+        && app.wait_ready == Some(true)
+    {
+        let problem =
+            Problem::new(ready.place.clone(), "`wait_ready` and `ready` are two answers to one question");
+        problems.push(problem.help("keep one of them"));
+    }
+    let with_agent = app.agent.unwrap_or(true) && runtime.is_none_or(|runtime| runtime == Runtime::Node);
+    for probe in app.ready.iter().chain(&app.health) {
+        if let Check::Http(address) = &probe.value.check
+            && address.starts_with('/')
+            && !with_agent
+        {
+            let message =
+                "a path alone goes over the IPC channel to the agent in a Node app, and there is none here";
+            let problem = Problem::new(probe.place.clone(), message);
+            problems.push(problem.help(
+                "name an address of the instance's own, such as \"http://127.0.0.1:{PORT}/healthz\" or \
+                 \"http://unix:/run/app-{NODE_APP_INSTANCE}.sock:/healthz\"",
+            ));
+        }
+    }
+    problems
 }
 
 fn dependencies(app: &AppConfig, problems: &mut Vec<Problem>) -> BTreeMap<AppName, Dependency> {

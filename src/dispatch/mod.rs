@@ -156,6 +156,14 @@ pub enum Command {
         /// Comes back with the answers.
         ask: u64,
     },
+    /// Hand this socket to the agent, which gives it to the app's HTTP server. It is closed instead while the one
+    /// before has not been taken: the app does not read its channel.
+    Probe {
+        /// Who.
+        id: InstanceId,
+        /// The app's end of a connection.
+        socket: OwnedFd,
+    },
     /// Have a cluster worker close its servers, end its connections and then its channel.
     Disconnect {
         /// Who.
@@ -222,6 +230,7 @@ impl std::fmt::Debug for Command {
             Self::AskKillListeners { .. } => "AskKillListeners",
             Self::AskFigures { .. } => "AskFigures",
             Self::Drain { .. } => "Drain",
+            Self::Probe { .. } => "Probe",
             Self::Disconnect { .. } => "Disconnect",
             Self::SendShutdown { .. } => "SendShutdown",
             Self::SendMessage { .. } => "SendMessage",

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -56,6 +56,8 @@ pub(super) struct Channel {
     /// TakeOut is unanswered.
     pub(super) settling: bool,
     pub(super) accepted: u64,
+    /// The socket of the last probe, as long as the agent has not taken it.
+    probe: Weak<OwnedFd>,
     /// User messages that were dropped because the driver has too many already.
     pub(super) messages_lost: u64,
 }
@@ -306,6 +308,7 @@ impl Dispatcher {
                     self.post_to(id, messages::agent_figures(ask));
                 }
             }
+            Command::Probe { id, socket } => self.hand_probe(&id, socket),
             Command::Disconnect { id } => {
                 if let Some(serial) = self.by_id.get(&id).copied() {
                     let seq = self.next_seq(serial);
@@ -391,6 +394,7 @@ impl Dispatcher {
                 ready,
                 settling: false,
                 accepted: 0,
+                probe: Weak::new(),
                 messages_lost: 0,
             },
         );
@@ -459,6 +463,17 @@ impl Dispatcher {
         if !self.settled_if(serial, |unanswered| unanswered == 0) {
             self.at(self.now + SETTLE_WITHIN, Deadline::Settle(serial));
         }
+    }
+
+    fn hand_probe(&mut self, id: &InstanceId, socket: OwnedFd) {
+        let Some(serial) = self.by_id.get(id).copied() else { return };
+        let Some(channel) = self.channels.get_mut(&serial) else { return };
+        if channel.deaf || channel.probe.strong_count() > 0 {
+            return;
+        }
+        let handle = Arc::new(socket);
+        channel.probe = Arc::downgrade(&handle);
+        self.post(serial, messages::agent_probe(), Some(Handed { handle, newconn: None }));
     }
 
     /// Answers TakeOut when the number of unanswered connections says so.

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, Generation, OpId, PmId, Slot};
+use crate::model::saved::HookKind;
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
 
@@ -309,6 +310,11 @@ pub enum StepKind {
         /// Why.
         reason: String,
     },
+    /// A hook of the app runs; the step's slot and generation mean nothing.
+    Hook {
+        /// Which.
+        hook: HookKind,
+    },
 }
 
 /// How an operation ended.
@@ -446,6 +452,9 @@ pub struct Row {
     pub restarts: u32,
     /// Its state.
     pub status: Status,
+    /// It is online, and fails its health check.
+    #[serde(default)]
+    pub unhealthy: bool,
     /// "queued", "draining 3 (12 s left)", "restart in 3 s", "exit code 1": what the status alone does not tell.
     pub note: Option<String>,
     /// Percent of one core, the whole tree.
@@ -510,8 +519,31 @@ pub struct InstanceDetail {
     pub draining: Vec<DrainingView>,
     /// The environment, masked unless asked otherwise.
     pub env: BTreeMap<String, String>,
+    /// What a probe heard last.
+    #[serde(default)]
+    pub probe: Option<ProbeView>,
+    /// "healthy", "failing", "unhealthy" or "unknown", where there is a health check.
+    #[serde(default)]
+    pub health: Option<String>,
     /// Which promise is weaker, and why: "agent = false: …".
     pub notes: Vec<String>,
+}
+
+/// What a probe heard last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeView {
+    /// "ready" or "health".
+    pub role: String,
+    /// Whether it was a good answer.
+    pub ok: bool,
+    /// "GET /healthz → 503 'db not connected'".
+    pub text: String,
+    /// How long ago, in milliseconds.
+    pub ago_ms: u64,
+    /// How long the answer took, in milliseconds.
+    pub took_ms: u64,
+    /// How many in a row went like it, itself included.
+    pub in_a_row: u32,
 }
 
 /// A process of an instance.

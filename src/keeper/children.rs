@@ -216,6 +216,7 @@ impl Children {
             credentials: command.credentials.as_ref(),
             umask: command.umask,
             oom_score_adj: command.oom_score_adj.or(originals.oom_score_adj),
+            die_with_us: false,
             limits: &limits,
             fds: &child_fds,
         })?;

@@ -439,6 +439,7 @@ impl Keeper {
             credentials: None,
             umask: None,
             oom_score_adj: None,
+            die_with_us: false,
             limits: &[],
             fds: &fds,
         })

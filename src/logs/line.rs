@@ -37,6 +37,8 @@ pub(crate) struct Now {
 pub(crate) struct Framing {
     stream: StreamKey,
     stamp: Option<Stamp>,
+    /// What goes before each line, after the stamp.
+    mark: String,
     held: Vec<u8>,
     held_since: Option<Instant>,
     /// A part of the current line is lost: the rest of it is skipped.
@@ -44,8 +46,8 @@ pub(crate) struct Framing {
 }
 
 impl Framing {
-    pub(crate) const fn new(stream: StreamKey, stamp: Option<Stamp>) -> Self {
-        Self { stream, stamp, held: Vec::new(), held_since: None, skips_line: false }
+    pub(crate) const fn new(stream: StreamKey, stamp: Option<Stamp>, mark: String) -> Self {
+        Self { stream, stamp, mark, held: Vec::new(), held_since: None, skips_line: false }
     }
 
     /// When what is held has to be written, finished or not.
@@ -111,20 +113,25 @@ impl Framing {
             return;
         }
         let stream = self.stream;
-        let Some(stamp) = &mut self.stamp else {
+        if self.stamp.is_none() && self.mark.is_empty() {
             if writer.append(stream, bytes, now.instant) == Outcome::Dropped {
                 self.skips_line = bytes.last() != Some(&b'\n');
             }
             return;
+        }
+        let mut begin_line = |batch: &mut Vec<u8>| {
+            if let Some(stamp) = &mut self.stamp {
+                batch.extend_from_slice(stamp.prefix(now.wall));
+            }
+            batch.extend_from_slice(self.mark.as_bytes());
         };
-        let prefix = stamp.prefix(now.wall);
         let mut outcome = Outcome::Written;
         let mut begins_line = !writer.is_mid_line_of(stream);
         let mut start = 0;
         batch.clear();
         for newline in memchr::memchr_iter(b'\n', bytes) {
             if begins_line {
-                batch.extend_from_slice(prefix);
+                begin_line(batch);
             }
             batch.extend_from_slice(&bytes[start..=newline]);
             begins_line = true;
@@ -136,7 +143,7 @@ impl Framing {
         }
         if start < bytes.len() {
             if begins_line {
-                batch.extend_from_slice(prefix);
+                begin_line(batch);
             }
             batch.extend_from_slice(&bytes[start..]);
         }
@@ -165,7 +172,8 @@ mod tests {
         let now = now();
         let mut writer = Writer::new(path.clone(), None, now.instant);
         let mut batch = Vec::new();
-        let mut framings = [1, 2].map(|key| Framing::new(key, Stamp::in_zone(format, TimeZone::UTC)));
+        let mut framings =
+            [1, 2].map(|key| Framing::new(key, Stamp::in_zone(format, TimeZone::UTC), String::new()));
         for &(stream, chunk) in chunks {
             let framing = &mut framings[usize::try_from(stream - 1).unwrap()];
             framing.feed(chunk.as_bytes(), company, &mut writer, &mut batch, now);
@@ -198,13 +206,29 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_follows_the_stamp() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.log");
+        let now = now();
+        let mut writer = Writer::new(path.clone(), None, now.instant);
+        let stamps = [None, Stamp::in_zone("ss", TimeZone::UTC)];
+        for (stamp, expected) in
+            stamps.into_iter().zip(["[hook] a\n[hook] b\n", "09: [hook] a\n09: [hook] b\n"])
+        {
+            let mut framing = Framing::new(1, stamp, String::from("[hook] "));
+            framing.feed(b"a\nb\n", Company::Alone, &mut writer, &mut Vec::new(), now);
+            assert!(std::fs::read_to_string(&path).unwrap().ends_with(expected));
+        }
+    }
+
+    #[test]
     fn a_line_without_end_is_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.log");
         let now = now();
         let mut writer = Writer::new(path.clone(), None, now.instant);
         let mut batch = Vec::new();
-        let mut framing = Framing::new(1, Stamp::in_zone("ss", TimeZone::UTC));
+        let mut framing = Framing::new(1, Stamp::in_zone("ss", TimeZone::UTC), String::new());
         for _ in 0..1000 {
             framing.feed(&[b'x'; 10_000], Company::Shared, &mut writer, &mut batch, now);
             assert!(framing.held.capacity() <= 2 * HELD_MAX);
@@ -220,7 +244,7 @@ mod tests {
         let now = now();
         let mut writer = Writer::new("/dev/full".into(), None, now.instant);
         let mut batch = Vec::new();
-        let mut framing = Framing::new(1, None);
+        let mut framing = Framing::new(1, None, String::new());
         framing.feed(b"lost par", Company::Alone, &mut writer, &mut batch, now);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.log");

@@ -14,6 +14,7 @@ pub mod pump;
 pub mod recent;
 pub mod stamp;
 pub mod tail;
+pub mod watch;
 pub mod writer;
 
 pub use pump::{Attachment, LogEvent, LogHandle, Pipe, spawn};

@@ -32,6 +32,7 @@ use nix::unistd::read;
 use super::line::{Company, Framing, Now};
 use super::recent::{Recent, Stream};
 use super::stamp::Stamp;
+pub use super::watch::Watch;
 use super::writer::{Target, Trouble, Writer};
 use crate::model::id::InstanceId;
 
@@ -58,6 +59,13 @@ pub enum LogEvent {
     Detached {
         /// The instance.
         id: InstanceId,
+    },
+    /// A line that somebody waits for, see [`Attachment::watch`].
+    Matched {
+        /// Who wrote it.
+        id: InstanceId,
+        /// The line, without its end.
+        line: Vec<u8>,
     },
     /// Every file was opened anew, see [`LogHandle::reopen`].
     Reopened,
@@ -94,12 +102,17 @@ pub struct Attachment {
     pub err: Option<Pipe>,
     /// What goes before each line.
     pub stamp: Option<Stamp>,
+    /// What goes before each line, after the stamp.
+    pub mark: String,
+    /// Lines that somebody waits for.
+    pub watch: Option<Watch>,
 }
 
 enum Order {
-    Attach(Attachment, Origin, Arc<Mutex<Recent>>),
+    Attach(Box<Attachment>, Origin, Arc<Mutex<Recent>>),
     Finish(InstanceId),
     Detach(InstanceId),
+    Unwatch(InstanceId),
     Reopen,
     Stop(SyncSender<()>),
 }
@@ -188,7 +201,7 @@ impl LogHandle {
             fcntl(&pipe.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         }
         let recent = Arc::clone(lock(&self.shared.recent).entry(attachment.id.clone()).or_default());
-        self.order(Order::Attach(attachment, origin, recent));
+        self.order(Order::Attach(Box::new(attachment), origin, recent));
         Ok(())
     }
 
@@ -202,6 +215,11 @@ impl LogHandle {
     /// written first. Answered by [`LogEvent::Detached`].
     pub fn detach(&self, id: InstanceId) {
         self.order(Order::Detach(id));
+    }
+
+    /// Nobody waits for lines of this instance any more.
+    pub fn unwatch(&self, id: InstanceId) {
+        self.order(Order::Unwatch(id));
     }
 
     /// Opens every file anew, after somebody moved them. Answered by [`LogEvent::Reopened`]: from then on nothing is
@@ -295,6 +313,7 @@ struct Source {
     writer: Option<u64>,
     framing: Framing,
     recent: Arc<Mutex<Recent>>,
+    watch: Option<Box<Watch>>,
 }
 
 struct SharedWriter {
@@ -365,7 +384,7 @@ impl Pump {
         loop {
             match self.orders.try_recv() {
                 Ok(Order::Attach(attachment, origin, recent)) => {
-                    self.attach(attachment, origin, &recent, now);
+                    self.attach(*attachment, origin, &recent, now);
                 }
                 Ok(Order::Finish(id)) => {
                     for key in self.streams_of(&id) {
@@ -379,6 +398,11 @@ impl Pump {
                         self.close(key, now);
                     }
                     (self.on_event)(LogEvent::Detached { id });
+                }
+                Ok(Order::Unwatch(id)) => {
+                    for source in self.streams.values_mut().filter(|source| source.id == id) {
+                        source.watch = None;
+                    }
                 }
                 Ok(Order::Reopen) => self.reopen(now),
                 Ok(Order::Stop(done)) => {
@@ -396,7 +420,7 @@ impl Pump {
     }
 
     fn attach(&mut self, attachment: Attachment, origin: Origin, recent: &Arc<Mutex<Recent>>, now: Now) {
-        let Attachment { id, out, err, stamp } = attachment;
+        let Attachment { id, out, err, stamp, mark, watch } = attachment;
         let pipes =
             [(Stream::Out, out), (Stream::Err, err)].into_iter().filter_map(|(s, pipe)| Some((s, pipe?)));
         for (stream, Pipe { fd, target }) in pipes {
@@ -435,8 +459,9 @@ impl Pump {
                     dropped: 0,
                 }));
             }
-            let framing = Framing::new(key, stamp.clone());
-            let source = Source { id: id.clone(), fd, stream, writer, framing, recent: Arc::clone(recent) };
+            let framing = Framing::new(key, stamp.clone(), mark.clone());
+            let (recent, watch) = (Arc::clone(recent), watch.clone().map(Box::new));
+            let source = Source { id: id.clone(), fd, stream, writer, framing, recent, watch };
             self.streams.insert(key, source);
             self.report(writer);
         }
@@ -457,6 +482,15 @@ impl Pump {
         };
         let chunk = &self.chunk[..count];
         lock(&source.recent).push(source.stream, chunk);
+        if let Some(watch) = &mut source.watch {
+            let id = &source.id;
+            watch.feed(chunk, |line| {
+                (self.on_event)(LogEvent::Matched { id: id.clone(), line: line.to_vec() });
+            });
+            if watch.is_over() {
+                source.watch = None;
+            }
+        }
         let Some(number) = source.writer else { return count };
         let Some(shared) = self.writers.get_mut(&number) else { return count };
         let was_holding = source.framing.deadline().is_some();

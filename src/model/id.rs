@@ -112,6 +112,17 @@ impl<'de> Deserialize<'de> for AppName {
 #[serde(transparent)]
 pub struct Slot(pub u32);
 
+impl Slot {
+    /// No place: stands in the identity of a hook, which is no instance, and never in an app's slots.
+    pub const HOOK: Self = Self(u32::MAX);
+
+    /// Whether it stands for a hook.
+    #[must_use]
+    pub const fn is_hook(self) -> bool {
+        self.0 == Self::HOOK.0
+    }
+}
+
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

@@ -3,6 +3,7 @@
 //! No I/O, no clock, no randomness. The types derive serde so that the state file, the blob and the command line's
 //! protocol carry the same values instead of three mirrors of sixty fields; fixtures keep old formats loadable.
 
+pub mod address;
 pub mod difference;
 pub mod exit;
 pub mod figures;

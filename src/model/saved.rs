@@ -92,6 +92,51 @@ pub struct Memo {
     pub slots: Vec<SlotMemo>,
     /// One per instance that exists.
     pub instances: Vec<InstanceMemo>,
+    /// Hooks that have to run before or after anything else of their app.
+    #[serde(default)]
+    pub hooks: Vec<HookMemo>,
+}
+
+/// Which of an app's hooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HookKind {
+    /// Before the app's instances are started.
+    PreStart,
+    /// Before a reload.
+    PreReload,
+    /// After the last instance has gone.
+    PostStop,
+    /// When a slot was given up.
+    OnErrored,
+}
+
+impl HookKind {
+    /// Its key in the config.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::PreStart => "pre_start",
+            Self::PreReload => "pre_reload",
+            Self::PostStop => "post_stop",
+            Self::OnErrored => "on_errored",
+        }
+    }
+}
+
+impl std::fmt::Display for HookKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A hook that an app still owes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookMemo {
+    /// Which app.
+    pub app: AppName,
+    /// Which hook.
+    pub kind: HookKind,
 }
 
 /// What is remembered of a slot beyond its desired state.
@@ -130,6 +175,12 @@ pub struct SlotMemo {
     /// Its next run is a start from rest, which waits for what the app depends on.
     #[serde(default)]
     pub gated: bool,
+    /// How many runs in a row were replaced here because they were unhealthy.
+    #[serde(default)]
+    pub relapses: u32,
+    /// When the next one may be.
+    #[serde(default)]
+    pub replace_after: Option<Moment>,
 }
 
 /// What is remembered of an instance.
@@ -157,6 +208,9 @@ pub struct InstanceMemo {
     /// How its main process exited, when that is accounted for and the rest of its tree is being ended.
     #[serde(default)]
     pub left: Option<ExitReason>,
+    /// How many probes in a row have passed and failed.
+    #[serde(default)]
+    pub probes: (u32, u32),
 }
 
 /// A process that the keeper reports to a new supervisor.

@@ -151,6 +151,8 @@ function install() {
       say({ cmd: 'NODE_PM_LISTENERS', signal: message.signal, count });
     } else if (message.cmd === 'NODE_PM_DRAIN') {
       startDrain(message);
+    } else if (message.cmd === 'NODE_PM_PROBE') {
+      takeProbe(handle);
     } else if (message.cmd === 'NODE_PM_STATS') {
       say({ cmd: 'NODE_PM_STATS', ask: message.ask, ...stats() });
     } else if (message.cmd === 'NODE_PM_WATCH') {
@@ -158,6 +160,25 @@ function install() {
       say({ cmd: 'NODE_PM_CLOSED', received: handed.received, closed: handed.closed });
     }
   }));
+
+  // A check comes as a socket of its own: the app's HTTP server takes it like a connection that it has accepted, so that
+  // it reaches this very process, without a port and without TLS.
+  function takeProbe(handle) {
+    const server = alive().find((each) => each.listening && each.listenerCount('request') > 0);
+    if (server === undefined) {
+      handle.close();
+      return;
+    }
+    const socket = new net.Socket({ handle, readable: true, writable: true });
+    socket.on('error', () => {});
+    const known = { remoteAddress: '127.0.0.1', remoteFamily: 'IPv4', remotePort: 0 };
+    for (const [name, value] of Object.entries(known)) {
+      Object.defineProperty(socket, name, { value, configurable: true });
+    }
+    const secure = typeof server.setSecureContext === 'function';
+    if (secure) Object.assign(socket, { encrypted: true, alpnProtocol: 'http/1.1' });
+    server.emit(secure ? 'secureConnection' : 'connection', socket);
+  }
 
   // The cluster module has already served or rejected the connection: its listener is older than ours. One that it did
   // not take counts as handed over and closed, so that the supervisor need not know what became of it.

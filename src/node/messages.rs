@@ -608,6 +608,12 @@ pub fn agent_listeners(signal: Signal) -> Vec<u8> {
     format!("{{\"cmd\":\"NODE_PM_LISTENERS\",\"signal\":\"{signal}\"}}\n").into_bytes()
 }
 
+/// Hands a socket to the preload, which gives it to the app's HTTP server as a connection of its own.
+#[must_use]
+pub fn agent_probe() -> Vec<u8> {
+    b"{\"cmd\":\"NODE_HANDLE\",\"type\":\"net.Native\",\"msg\":{\"cmd\":\"NODE_PM_PROBE\"}}\n".to_vec()
+}
+
 /// Asks the preload to report how many of the connections that we hand over are closed again: at once, then whenever
 /// some have ended.
 #[must_use]

@@ -16,6 +16,7 @@ use crate::model::spec::{AppSpec, ListenSpec};
 use super::admit::{Ask, Kind};
 use super::batch::{RequestKey, Requests};
 use super::depends::{Graph, Standing};
+use super::hooks::HookRuns;
 use super::instance::{Phase, Run, START_SETTLE};
 use super::ledger::{After, Ledger, Serial};
 use super::news::{News, Subject, What};
@@ -48,6 +49,8 @@ pub(super) struct Shared {
     pub(super) due: Vec<(AppName, Vec<RequestKey>, Ask)>,
     /// Everything is to go down.
     pub(super) ending: bool,
+    /// Likewise, but that is not durable yet.
+    pub(super) doomed: bool,
     pub(super) last_serial: u64,
 }
 
@@ -80,6 +83,9 @@ pub(super) struct App {
     pub(super) due: Option<Moment>,
     /// Likewise: how many runs take a launch place.
     pub(super) launching: usize,
+    pub(super) hooks: HookRuns,
+    /// Nothing of it is started before its `pre_start` has run: what was to run that has been superseded.
+    pub(super) unprepared: bool,
 }
 
 impl App {
@@ -96,6 +102,8 @@ impl App {
             news: Vec::new(),
             due: None,
             launching: 0,
+            hooks: HookRuns::default(),
+            unprepared: false,
         }
     }
 
@@ -120,7 +128,7 @@ impl App {
 
     /// Whether nothing is left to remember.
     pub(super) fn is_empty(&self) -> bool {
-        self.slots.is_empty() && self.operation.is_none() && self.next.is_none()
+        self.slots.is_empty() && self.operation.is_none() && self.next.is_none() && self.hooks.is_idle()
     }
 
     pub(super) fn step(&mut self, id: &InstanceId, pm_id: PmId, kind: StepKind) {
@@ -163,6 +171,9 @@ impl App {
 
     /// Brings the app as far as it gets in this turn.
     pub(super) fn advance(&mut self, shared: &mut Shared) {
+        if shared.ending {
+            self.abandon_hooks(shared);
+        }
         self.sync(shared);
         self.note_ready(shared);
         loop {
@@ -171,6 +182,8 @@ impl App {
                 break;
             }
         }
+        self.prepare_again(shared);
+        self.tend(shared);
         self.close_listeners_if_idle(shared);
         self.flush_steps(shared);
         self.steps.clear();
@@ -217,6 +230,7 @@ impl App {
             let Some(run) = self.run_mut(&id) else { continue };
             run.put_in(now);
             let (pm_id, after) = (run.pm_id, now.since(run.since));
+            shared.actions.extend(run.ask_for_health(now));
             if run.spec.has_rotation() {
                 shared.actions.push(Action::PutIn { id: id.clone() });
             }
@@ -287,6 +301,16 @@ impl App {
         {
             return;
         }
+        if self.unprepared {
+            return;
+        }
+        // A start waits for its hook.
+        if let Some(operation) = &self.operation
+            && operation.stage == Stage::Preparing
+            && (operation.held_back || (operation.kind == Kind::Start && operation.covers(slot)))
+        {
+            return;
+        }
         let Some(state) = self.slots.get_mut(&slot) else { return };
         if !state.runs.is_empty() {
             return;
@@ -308,7 +332,7 @@ impl App {
         let revision = match &self.operation {
             Some(operation)
                 if operation.kind == Kind::Reload
-                    && operation.stage != Stage::Saving
+                    && !matches!(operation.stage, Stage::Preparing | Stage::Saving)
                     && operation.covers(slot)
                     && wanted.before != 0
                     && !operation.replaced.contains(&slot) =>
@@ -430,11 +454,15 @@ impl App {
 
     /// Hands every pending deadline to `visit`.
     pub(super) fn deadlines(&mut self, visit: &mut dyn FnMut(&mut Moment)) {
+        self.hooks.deadline(visit);
         for state in self.slots.values_mut() {
             if let Rest::Waiting { at } = &mut state.rest {
                 visit(at);
             }
             if let Some(at) = &mut state.reserve_at {
+                visit(at);
+            }
+            if let Some(at) = &mut state.relapses.pause_until {
                 visit(at);
             }
             for run in &mut state.runs {
@@ -453,19 +481,22 @@ impl App {
                     Rest::Waiting { at } if state.runs.is_empty() && !ending => Some(at),
                     Rest::Waiting { .. } | Rest::Stopped | Rest::Due | Rest::Errored | Rest::Held => None,
                 };
-                let reserve = state.reserve_at;
-                state.runs.iter().map(Run::next_deadline).chain([waiting, reserve]).flatten()
+                let others = [waiting, state.reserve_at, state.relapses.pause_until];
+                state.runs.iter().map(Run::next_deadline).chain(others).flatten()
             })
+            .chain(self.hooks.next_deadline())
             .min()
     }
 
     /// Acts on deadlines that have passed.
     pub(super) fn expire(&mut self, shared: &mut Shared) {
+        self.expire_hook(shared);
         let now = shared.now;
         let mut late = Vec::new();
         let mut over = Vec::new();
         for state in self.slots.values_mut() {
             state.reserve_at.take_if(|at| *at <= now);
+            state.relapses.pause_until.take_if(|at| *at <= now);
             for run in &mut state.runs {
                 match &run.phase {
                     // Who only has to live cannot be late.

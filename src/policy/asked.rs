@@ -16,7 +16,7 @@ use super::app::{App, Shared};
 use super::batch::RequestKey;
 use super::instance::{Phase, Run};
 use super::ledger::{After, Pending};
-use super::operation::{Operation, Stage, past_tense};
+use super::operation::{Operation, Stage, Trigger, past_tense};
 use super::slot::{Rest, SlotState};
 use super::vocabulary::AppOutcome;
 use super::wanted::{Change, slot_at};
@@ -66,6 +66,12 @@ impl App {
             | Ask::Delete => Release::Same,
         };
         let verdict = verdict(self.operation.as_ref().map(|operation| operation.kind), ask, release);
+        // Nobody asked for what is going on, so nobody is told to wait for it and to ask again.
+        let by_itself = self.operation.as_ref().is_some_and(|operation| operation.trigger == Trigger::Health);
+        let verdict = match verdict {
+            Verdict::Busy | Verdict::Already if by_itself => Verdict::Queue,
+            verdict => verdict,
+        };
         match (&self.next, verdict) {
             (Some((waiting, _)), Verdict::Queue) if merged(waiting, ask).is_none() => Verdict::Busy,
             // Nothing of it serves yet: after a crash of the whole daemon a reload is finished from the beginning.
@@ -136,7 +142,7 @@ impl App {
             return self.settle(&clients, &AppOutcome::Superseded { by: "delete" }, shared);
         }
         match self.plan(ask, shared) {
-            Ok(plan) => self.begin_saving(clients, plan, shared),
+            Ok(plan) => self.begin_saving(clients, plan, Trigger::Asked, shared),
             Err(outcome) => self.settle(&clients, &outcome, shared),
         }
     }
@@ -154,14 +160,19 @@ impl App {
         }
     }
 
-    pub(super) fn begin_saving(&mut self, clients: Vec<RequestKey>, plan: Plan, shared: &mut Shared) {
+    pub(super) fn begin_saving(
+        &mut self,
+        clients: Vec<RequestKey>,
+        plan: Plan,
+        trigger: Trigger,
+        shared: &mut Shared,
+    ) {
         let serial = shared.new_serial();
         let Plan { kind, slots, target, change, what, regardless } = plan;
         if matches!(kind, Kind::Stop | Kind::Delete) {
             self.drop_queued(&slots);
         }
         let after = After::Begin { app: self.name.clone(), serial };
-        shared.ledger.waiting.push(Pending { change, after, regardless });
         self.operation = Some(Operation {
             serial,
             kind,
@@ -175,7 +186,13 @@ impl App {
             replaced: BTreeSet::new(),
             failure: None,
             unsaved: None,
+            trigger,
+            prepared: None,
+            held_back: false,
+            owes_post_stop: false,
+            hook_failure: None,
         });
+        self.save_or_prepare(Pending { change, after, regardless }, shared);
     }
 
     /// What a request comes to, or the answer when there is nothing to do.

@@ -153,6 +153,7 @@ fn well(outcome: &AppOutcome) -> bool {
         AppOutcome::Failed { .. }
         | AppOutcome::Waiting { .. }
         | AppOutcome::Skipped { .. }
+        | AppOutcome::HookFailed { .. }
         | AppOutcome::Superseded { .. }
         | AppOutcome::NotRemembered { .. }
         | AppOutcome::NotSaved { .. } => false,

@@ -36,6 +36,7 @@ impl Fleet {
     /// Everything that goes on ends here.
     pub(super) fn begin_ending(&mut self, op: OpId, kind: EndKind, by: &'static str) {
         self.shared.requests.give_up_waiting_parts(&AppOutcome::Superseded { by }, &mut self.shared.actions);
+        self.shared.doomed = true;
         for app in self.apps.values_mut() {
             app.supersede(by, &mut self.shared);
         }
@@ -72,7 +73,8 @@ impl Fleet {
 
     pub(super) fn end_if_down(&mut self) {
         let Some(ending) = &mut self.ending else { return };
-        if ending.stage != EndStage::GoingDown || self.apps.values().flat_map(App::runs).next().is_some() {
+        let busy = |app: &App| app.runs().next().is_some() || !app.hooks.is_idle();
+        if ending.stage != EndStage::GoingDown || self.apps.values().any(busy) {
             return;
         }
         match ending.kind {

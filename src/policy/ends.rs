@@ -3,6 +3,7 @@
 //! A run on the stop ladder ends as it was meant to. Of one that ended by itself the reload decides when it was to
 //! replace another, else the restart policy (`restart`). Nothing is started here.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::exit::ExitReason;
@@ -24,7 +25,10 @@ impl App {
     /// The main process has ended.
     pub(super) fn exited(&mut self, id: &InstanceId, reason: &ExitReason, shared: &mut Shared) {
         let now = shared.now;
+        let Some(state) = self.slots.get(&id.slot) else { return };
+        let condemned = state.runs.iter().any(|run| run.id == *id && self.is_condemned(run));
         let Some(run) = self.run_mut(id) else { return };
+        shared.actions.extend(run.ask_no_more());
         let signal = run.spec.stop.signal;
         let ready = run.is_ready();
         let (by_itself, ladder, reason) = match &run.phase {
@@ -32,6 +36,7 @@ impl App {
             Phase::Stopping(ladder) if ladder.cause == Cause::NotReady => {
                 (true, Some(ladder.clone()), ExitReason::NotReady)
             }
+            Phase::Stopping(ladder) if condemned => (false, Some(ladder.clone()), ExitReason::Health),
             Phase::Stopping(ladder) => (false, Some(ladder.clone()), reason.clone()),
             // Late news of what is known.
             Phase::Queued | Phase::Leaving { .. } => return,
@@ -111,7 +116,7 @@ impl App {
         else {
             return;
         };
-        let (rules, revision) = (run.spec.restart.clone(), run.revision);
+        let (rules, revision, spec) = (run.spec.restart.clone(), run.revision, Arc::clone(&run.spec));
         let candidate = self.is_candidate(slot, run);
         let replaced = self.is_replaced(slot, run);
         let Some(state) = self.slots.get_mut(&slot) else { return };
@@ -164,7 +169,11 @@ impl App {
                 Rest::Due | Rest::Errored | Rest::Held => What::Errored { reason: reason.clone() },
             },
         );
+        let given_up = rest == Rest::Errored;
         self.note_ended(shared);
+        if given_up {
+            self.tell_errored(slot, &spec, reason, shared);
+        }
         let Some(operation) = &mut self.operation else { return };
         if ended_well {
             operation.awaiting.remove(&slot);

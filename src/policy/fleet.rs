@@ -20,7 +20,7 @@ use super::app::{App, RESERVE_BLOCK, Shared};
 use super::batch::Requests;
 use super::depends::{Graph, Standing};
 use super::ending::Ending;
-use super::instance::Phase;
+use super::instance::{Phase, ReadySource, ready_source};
 use super::ledger::{After, Ledger, Pending};
 use super::news::News;
 use super::slot::Rest;
@@ -103,6 +103,7 @@ impl Fleet {
                 retired: BTreeMap::new(),
                 due: Vec::new(),
                 ending: false,
+                doomed: false,
                 last_serial: 0,
             },
             touched: BTreeSet::new(),
@@ -200,6 +201,7 @@ impl Fleet {
     pub fn memo(&self) -> Memo {
         let mut memo = Memo::default();
         for app in self.apps.values() {
+            memo.hooks.extend(app.owed_hook());
             for (slot, state) in &app.slots {
                 let mut slot_memo = state.memo(&app.name, *slot);
                 slot_memo.stop_unsaved = self.unsaved
@@ -256,6 +258,7 @@ impl Fleet {
                 }
                 run.spawned(now, pid);
                 let pm_id = run.pm_id;
+                shared.actions.extend(run.ask_whether_ready());
                 app.step(&id, pm_id, StepKind::Spawned { pid });
                 app.hear(&id, Heard::Spawned, shared);
             }),
@@ -268,6 +271,7 @@ impl Fleet {
             Event::TreeGone { id } => self.with_run(&id, |app, shared| app.tree_gone(&id, shared)),
             Event::Ready { id } => self.with_run(&id, |app, _| {
                 if let Some(run) = app.run_mut(&id)
+                    && ready_source(&run.spec) != ReadySource::Probed
                     && let Phase::Launching { said, .. } = &mut run.phase
                 {
                     *said = true;
@@ -287,6 +291,12 @@ impl Fleet {
             Event::Settled { id } => self.hear(&id, Heard::Settled),
             Event::KillListeners { id, count } => self.hear(&id, Heard::KillListeners(count)),
             Event::Drained { id } => self.hear(&id, Heard::Drained),
+            Event::Probed { id, role, result } => {
+                self.with_run(&id, |app, shared| app.probed(&id, role, result, shared));
+            }
+            Event::HookEnded { id, end } => {
+                self.with_app(&id.app, |app, shared| app.hook_ended(&id, end, shared));
+            }
             Event::Saved { save } => {
                 let pending = self.shared.ledger.saved(save);
                 self.shared.graph = Graph::of(&self.shared.ledger.wanted);

@@ -25,6 +25,7 @@ use crate::model::saved::InstanceMemo;
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
 
+use super::health::Pulse;
 use super::stop::{Cause, Ladder};
 use super::vocabulary::RunView;
 
@@ -49,6 +50,8 @@ pub(super) struct Run {
     pub(super) keys: BTreeSet<String>,
     /// How long it has to live to be ready, where nothing else says so.
     pub(super) settle: Duration,
+    /// What probes of the present phase have said.
+    pub(super) pulse: Pulse,
     pub(super) phase: Phase,
 }
 
@@ -59,7 +62,7 @@ pub(super) enum Phase {
     Queued,
     /// The spawn was asked for.
     Launching {
-        /// The app said that it is ready.
+        /// The app, or the probe that asks it, said that it is ready.
         said: bool,
         /// When it has lived long enough, where that is what counts.
         lives_at: Option<Moment>,
@@ -84,6 +87,8 @@ pub(super) enum Phase {
 pub(super) enum ReadySource {
     /// The app.
     Said,
+    /// A probe that asks it.
+    Probed,
     /// Its first listener.
     Listens,
     /// A span of life.
@@ -94,6 +99,8 @@ pub(super) enum ReadySource {
 pub(super) const fn ready_source(spec: &AppSpec) -> ReadySource {
     if spec.ready.wait_ready {
         ReadySource::Said
+    } else if spec.ready.probe.is_some() {
+        ReadySource::Probed
     } else if spec.is_node_cluster() {
         ReadySource::Listens
     } else {
@@ -122,6 +129,7 @@ impl Run {
             ready_at: None,
             keys: BTreeSet::new(),
             settle,
+            pulse: Pulse::default(),
             phase: Phase::Queued,
         }
     }
@@ -165,7 +173,7 @@ impl Run {
     pub(super) fn is_ready_by_itself(&self, now: Moment) -> bool {
         let Phase::Launching { said, lives_at, .. } = &self.phase else { return false };
         match ready_source(&self.spec) {
-            ReadySource::Said => *said,
+            ReadySource::Said | ReadySource::Probed => *said,
             ReadySource::Listens => !self.keys.is_empty(),
             ReadySource::Lives => lives_at.is_some_and(|at| now >= at),
         }
@@ -174,6 +182,7 @@ impl Run {
     /// It is in rotation from now on.
     pub(super) fn put_in(&mut self, now: Moment) {
         self.ready_at = Some(now);
+        self.pulse = Pulse::default();
         self.phase = Phase::Ready;
     }
 
@@ -261,6 +270,8 @@ impl Run {
                 Phase::Stopping(ladder) => ladder.kill_at(&self.spec),
                 Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Leaving { .. } => None,
             },
+            health: self.health(),
+            failed_probes: self.pulse.failed,
         }
     }
 
@@ -283,6 +294,7 @@ impl Run {
                 Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Stopping(_) => None,
             },
             said_ready: matches!(self.phase, Phase::Launching { said: true, .. }),
+            probes: (self.pulse.passed, self.pulse.failed),
         })
     }
 }

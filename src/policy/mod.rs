@@ -11,6 +11,8 @@ mod depends;
 mod ending;
 mod ends;
 pub mod fleet;
+mod health;
+mod hooks;
 mod instance;
 mod ledger;
 pub mod news;

@@ -14,14 +14,14 @@ use std::sync::Arc;
 
 use crate::model::exit::ExitReason;
 use crate::model::id::{InstanceId, Slot};
-use crate::model::saved::Desired;
+use crate::model::saved::{Desired, HookKind};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Kind, Slots};
 use super::app::{App, Shared};
 use super::batch::RequestKey;
 use super::instance::Run;
-use super::ledger::{After, Serial};
+use super::ledger::{After, Pending, Serial};
 use super::restart::Streak;
 use super::slot::Rest;
 use super::stop::Cause;
@@ -51,6 +51,25 @@ pub(super) struct Operation {
     pub(super) failure: Option<(InstanceId, ExitReason)>,
     /// Why it is not remembered.
     pub(super) unsaved: Option<String>,
+    pub(super) trigger: Trigger,
+    /// What is to be saved when the hook that has to allow it has succeeded.
+    pub(super) prepared: Option<Pending>,
+    /// Nothing of the app runs, and nothing is started before the hook has allowed it: an operation that a reboot had
+    /// interrupted.
+    pub(super) held_back: bool,
+    /// The app was up, so its `post_stop` runs when it is down.
+    pub(super) owes_post_stop: bool,
+    /// A hook that failed without keeping anything from being done.
+    pub(super) hook_failure: Option<(HookKind, InstanceId, String)>,
+}
+
+/// Who wants an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Trigger {
+    /// Somebody asked for it.
+    Asked,
+    /// The health check of a run: what somebody asks for meanwhile comes after it and is not refused.
+    Health,
 }
 
 /// What supersedes an operation when the daemon is asked to end.
@@ -59,6 +78,8 @@ pub(super) const SHUTDOWN: &str = "shutdown";
 /// How far an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// A hook runs that has to allow it: of a start when what it wants is durable, else before anything is.
+    Preparing,
     /// What it wants is being saved.
     Saving,
     /// It acts.
@@ -69,6 +90,8 @@ pub(super) enum Stage {
     Closing,
     /// Slots that the new release does not have any more are being ended.
     Sweeping,
+    /// Everything is down, and its last hook runs.
+    Winding,
 }
 
 impl Operation {
@@ -91,6 +114,11 @@ impl Operation {
             replaced: BTreeSet::new(),
             failure: None,
             unsaved: None,
+            trigger: Trigger::Asked,
+            prepared: None,
+            held_back: false,
+            owes_post_stop: kind == Kind::Delete,
+            hook_failure: None,
         }
     }
 }
@@ -114,8 +142,9 @@ impl App {
         let outcome = AppOutcome::Superseded { by };
         if let Some(operation) = self.operation.take() {
             self.settle(&operation.clients, &outcome, shared);
+            self.abandon_gate(&operation, shared);
             // SIGTERM leaves what is wanted as it is: the next daemon finishes or undoes the reload.
-            if operation.kind == Kind::Reload && by != SHUTDOWN {
+            if operation.kind == Kind::Reload && operation.stage != Stage::Preparing && by != SHUTDOWN {
                 let revert = Change::Revert { app: self.name.clone(), replaced: operation.replaced.clone() };
                 shared.ledger.push_regardless(revert, After::Nothing);
             }
@@ -152,7 +181,12 @@ impl App {
             }
         }
         if operation.stage == Stage::Saving {
-            operation.stage = Stage::Going;
+            if self.ask_to_start(shared) {
+                return;
+            }
+            if let Some(operation) = &mut self.operation {
+                operation.stage = Stage::Going;
+            }
             self.begin(shared);
         }
     }
@@ -165,6 +199,7 @@ impl App {
         let (spec, revision) = (Arc::clone(&saved.spec), saved.revision);
         let wished = spec.instances;
         self.sync(shared);
+        let was_up = self.is_up() || self.runs().next().is_some();
         let Some(operation) = &mut self.operation else { return };
         operation.revision = revision;
         let chosen: Vec<Slot> = wanted
@@ -174,6 +209,7 @@ impl App {
             .collect();
         let mut anew = Vec::new();
         if matches!(operation.kind, Kind::Start | Kind::Restart | Kind::Reload) {
+            self.unprepared = false;
             for slot in &chosen {
                 let runs = self.slots.get_mut(slot).into_iter().flat_map(|state| &mut state.runs);
                 runs.for_each(Run::forgive);
@@ -221,7 +257,9 @@ impl App {
                 operation.slots = Some(chosen.iter().copied().filter(|slot| slot.0 < wished).collect());
                 for slot in chosen {
                     if let Some(state) = self.slots.get_mut(&slot) {
-                        state.streak = Streak::default();
+                        if operation.trigger == Trigger::Asked {
+                            state.streak = Streak::default();
+                        }
                         if matches!(state.rest, Rest::Errored | Rest::Stopped) {
                             state.launched = false;
                         }
@@ -233,6 +271,7 @@ impl App {
                 }
             }
             Kind::Stop | Kind::Delete => {
+                operation.owes_post_stop |= was_up;
                 // From now on it is down because somebody said so.
                 for (slot, state) in &mut self.slots {
                     if operation.covers(*slot) {
@@ -257,7 +296,7 @@ impl App {
             });
         }
         match (operation.stage, operation.kind) {
-            (Stage::Saving | Stage::Closing, _) => false,
+            (Stage::Preparing | Stage::Saving | Stage::Closing | Stage::Winding, _) => false,
             (Stage::Going, Kind::Start | Kind::Restart) => {
                 let (restart, awaiting) = (operation.kind == Kind::Restart, operation.awaiting.clone());
                 let hopeless = self.hopeless(&awaiting, shared);
@@ -295,15 +334,16 @@ impl App {
                                 .slot(&self.name, *slot)
                                 .is_none_or(|wanted| wanted.desired == Desired::Stopped))
                 });
-                if down {
-                    self.close_listeners_if_idle(shared);
-                    self.succeed(shared);
+                if !down || self.wind_up(shared) {
+                    return false;
                 }
-                down
+                self.close_listeners_if_idle(shared);
+                self.succeed(shared);
+                true
             }
             (Stage::Going, Kind::Delete) => {
                 let down = self.runs().next().is_none();
-                if down {
+                if down && !self.wind_up(shared) {
                     self.close_listeners_if_idle(shared);
                     self.close(Change::Remove { app: self.name.clone() }, shared);
                 }
@@ -373,9 +413,12 @@ impl App {
         let Some(operation) = &self.operation else { return };
         let what = operation.what;
         let slots = operation.slots.as_ref().map_or(self.slots.len(), BTreeSet::len);
-        let outcome = match &operation.unsaved {
-            Some(error) => AppOutcome::NotRemembered { what, error: error.clone() },
-            None => AppOutcome::Done { what, slots: u32::try_from(slots).unwrap_or(u32::MAX) },
+        let outcome = match (&operation.unsaved, &operation.hook_failure) {
+            (None, Some((hook, id, why))) => {
+                AppOutcome::HookFailed { hook: *hook, id: id.clone(), why: why.clone(), done: Some(what) }
+            }
+            (Some(error), _) => AppOutcome::NotRemembered { what, error: error.clone() },
+            (None, None) => AppOutcome::Done { what, slots: u32::try_from(slots).unwrap_or(u32::MAX) },
         };
         self.finish(outcome, shared);
     }

@@ -14,13 +14,14 @@ use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
 use crate::model::moment::Moment;
 use crate::model::saved::{
-    Desired, Found, InstanceMemo, Memo, SavedApp, SavedFleet, SavedOperation, SlotMemo,
+    Desired, Found, HookKind, HookMemo, InstanceMemo, Memo, SavedApp, SavedFleet, SavedOperation, SlotMemo,
 };
 use crate::model::spec::{AppSpec, CommandSpec, Runtime};
 
 use super::admit::Kind;
 use super::app::App;
 use super::fleet::{Fleet, Settings};
+use super::health::{Pulse, Relapses};
 use super::instance::{Phase, ReadySource, Run, START_SETTLE, ready_source};
 use super::ledger::After;
 use super::operation::Operation;
@@ -48,6 +49,7 @@ impl Fleet {
         fleet.shared.now = now;
         let known = memo.is_some();
         let memo = memo.unwrap_or_default();
+        let owed = memo.hooks;
         let newest: BTreeMap<(AppName, Slot), Generation> =
             memo.slots.iter().map(|slot| ((slot.app.clone(), slot.slot), slot.newest)).collect();
         let mut slots: BTreeMap<(AppName, Slot), SlotMemo> =
@@ -94,6 +96,17 @@ impl Fleet {
         let names: Vec<AppName> = fleet.apps.keys().cloned().collect();
         for name in &names {
             fleet.resume(name, known, &exited);
+        }
+        for HookMemo { app, kind } in owed {
+            if let Some(app) = fleet.apps.get_mut(&app) {
+                app.owe(kind, &mut fleet.shared);
+            }
+        }
+        // After a reboot, or in a new daemon, everything is started.
+        if !known {
+            for app in fleet.apps.values_mut().filter(|app| app.runs().next().is_none()) {
+                app.owe(HookKind::PreStart, &mut fleet.shared);
+            }
         }
         // Exits that nobody has seen yet: the same path as any other. Before anything is asked of the living, and after
         // it is known which operation they belong to.
@@ -156,6 +169,7 @@ impl Fleet {
                 state.gated = memo.gated;
                 (state.last_exit, state.by_itself) = (memo.last_exit, memo.by_itself);
                 state.ended = memo.ended;
+                state.relapses = Relapses { count: memo.relapses, pause_until: memo.replace_after };
                 state.next_generation = state.next_generation.max(memo.newest.0 + 1);
                 if wanted.desired == Desired::Running {
                     state.rest = match memo.restart_at {
@@ -211,6 +225,7 @@ impl Fleet {
                 }
                 run.keys = memo.keys.into_iter().collect();
                 run.ready_at = memo.ready_at;
+                run.pulse = Pulse::known(memo.probes.0, memo.probes.1);
                 if let Some((began, signalled)) = memo.stopping {
                     match signalled {
                         Some(at) => run.phase = Phase::Stopping(Ladder::signalled(began, at, &run.spec)),
@@ -258,8 +273,13 @@ impl Fleet {
             if run.settle == STOP_AGAIN {
                 run.settle = START_SETTLE;
                 run.begin_stop(now, Cause::Asked, IdleConnections::Close, &mut descent);
-            } else if run.is_ready() && run.spec.has_rotation() {
-                descent.actions.push(Action::PutIn { id: run.id.clone() });
+            } else if run.is_ready() {
+                descent.actions.extend(run.ask_for_health(now));
+                if run.spec.has_rotation() {
+                    descent.actions.push(Action::PutIn { id: run.id.clone() });
+                }
+            } else {
+                descent.actions.extend(run.ask_whether_ready());
             }
             self.shared.actions.extend(descent.actions);
         }
@@ -377,6 +397,8 @@ fn resumed_restart(app: &mut App, saved: &SavedApp, serial: super::ledger::Seria
 fn ordered(action: &Action) -> Option<&InstanceId> {
     match action {
         Action::PutIn { id }
+        | Action::Probe { id, .. }
+        | Action::StopProbing { id }
         | Action::TakeOut { id }
         | Action::AskKillListeners { id, .. }
         | Action::Drain { id, .. }
@@ -392,6 +414,8 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
         | Action::CloseListeners { .. }
         | Action::Progress { .. }
         | Action::Reply { .. }
+        | Action::RunHook { .. }
+        | Action::KillHook { .. }
         | Action::Quit => None,
     }
 }

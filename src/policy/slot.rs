@@ -6,6 +6,7 @@ use crate::model::moment::Moment;
 use crate::model::saved::SlotMemo;
 use crate::model::status::Status;
 
+use super::health::Relapses;
 use super::instance::Run;
 use super::restart::Streak;
 use super::vocabulary::SlotView;
@@ -34,6 +35,8 @@ pub(super) struct SlotState {
     pub(super) reserving: bool,
     /// When to ask again, after that failed.
     pub(super) reserve_at: Option<Moment>,
+    /// Runs that were replaced here because they were unhealthy.
+    pub(super) relapses: Relapses,
 }
 
 /// What a slot does while no run is live in it.
@@ -68,6 +71,7 @@ impl SlotState {
             launched: false,
             reserving: false,
             reserve_at: None,
+            relapses: Relapses::default(),
         }
     }
 
@@ -130,6 +134,7 @@ impl SlotState {
             last_exit: self.last_exit.clone(),
             by_itself: self.by_itself,
             waiting_for: Vec::new(),
+            replace_after: self.relapses.pause_until,
         }
     }
 
@@ -153,6 +158,8 @@ impl SlotState {
             ended: self.ended.filter(|_| self.rest == Rest::Stopped),
             stop_unsaved: false,
             gated: self.is_at_rest(),
+            relapses: self.relapses.count,
+            replace_after: self.relapses.pause_until,
         }
     }
 }

@@ -248,6 +248,7 @@ impl Run {
             Phase::Launching { .. } => (Towards::Signal, self.pid.is_none()),
             Phase::Queued | Phase::Stopping(_) | Phase::Leaving { .. } => return,
         };
+        descent.actions.extend(self.ask_no_more());
         let grace = self.spec.stop.timeout;
         let (drain_limit, ask, grace) = match cause {
             Cause::Asked => (None, ASK_LIMIT, grace),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, OpId, PmId, Slot};
-use crate::model::saved::SavedFleet;
+use crate::model::saved::{HookKind, SavedFleet};
 use crate::model::signal::Signal;
 use crate::model::spec::{AppSpec, KillMode};
 use crate::model::status::Status;
@@ -99,6 +99,23 @@ pub enum Event {
         /// Which run.
         id: InstanceId,
     },
+    /// An answer to `Probe`; one after the other, until `StopProbing`. A success that follows a success of a health
+    /// check may be left out.
+    Probed {
+        /// Which run.
+        id: InstanceId,
+        /// What was asked.
+        role: ProbeRole,
+        /// How it went.
+        result: ProbeResult,
+    },
+    /// A hook has ended, with every process that it had started, and its output is read. Answer to `RunHook`.
+    HookEnded {
+        /// Which run of a hook.
+        id: InstanceId,
+        /// How.
+        end: HookEnd,
+    },
     /// The state is durable; what followed the save has been performed.
     Saved {
         /// Which save.
@@ -113,6 +130,49 @@ pub enum Event {
     },
     /// `next_deadline()` has been reached.
     DeadlineReached,
+}
+
+/// How a hook ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HookEnd {
+    /// With exit code 0.
+    Succeeded,
+    /// Otherwise, or it never ran.
+    Failed(String),
+}
+
+/// What a probe is to find out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeRole {
+    /// Whether a run may receive traffic.
+    Ready,
+    /// Whether a run that does is well.
+    Health,
+}
+
+/// How a probe went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeResult {
+    /// Well.
+    Passed,
+    /// It failed, or took too long.
+    Failed,
+}
+
+/// What the health check says of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It has not been asked yet.
+    Unknown,
+    /// The last answer was good.
+    Healthy,
+    /// So many bad answers in a row, fewer than `threshold`.
+    Failing {
+        /// How many.
+        failed: u32,
+    },
+    /// At least `threshold` bad answers in a row.
+    Unhealthy,
 }
 
 /// Whether trying a failed spawn again could help.
@@ -264,6 +324,39 @@ pub enum Action {
         /// After this time it goes on without `Drained`.
         within: Duration,
     },
+    /// Ask this run again and again, in place of what it was asked before. Answers `Probed`.
+    Probe {
+        /// Which run.
+        id: InstanceId,
+        /// Which of its spec's probes.
+        role: ProbeRole,
+        /// Before the first question.
+        delay: Duration,
+    },
+    /// Ask this run no more.
+    StopProbing {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Run a hook of this spec. Answers `HookEnded`. Not before what an earlier supervisor left of this app's hooks has
+    /// ended.
+    RunHook {
+        /// Which run of it; its slot is `Slot::HOOK`.
+        id: InstanceId,
+        /// Which hook.
+        kind: HookKind,
+        /// Whose log files take its output.
+        pm_id: PmId,
+        /// The spec that has the hook.
+        spec: Arc<AppSpec>,
+        /// The slot that was given up, and why.
+        errored: Option<(Slot, String)>,
+    },
+    /// SIGKILL to a hook and everything that it has started. `HookEnded` follows.
+    KillHook {
+        /// Which run of it.
+        id: InstanceId,
+    },
     /// Send the cluster's `disconnect`. Answers `ChannelClosed`, or never.
     Disconnect {
         /// Which run.
@@ -389,6 +482,11 @@ pub enum StepKind {
         /// How it ended.
         reason: ExitReason,
     },
+    /// A hook runs; the step's run is the hook's.
+    Hook {
+        /// Which.
+        kind: HookKind,
+    },
     /// It will not be.
     Failed {
         /// Why.
@@ -451,6 +549,17 @@ pub enum AppOutcome {
     Skipped {
         /// Which.
         on: AppName,
+    },
+    /// A hook failed. Exit code 1.
+    HookFailed {
+        /// Which.
+        hook: HookKind,
+        /// Its run: what it wrote last is known by it.
+        id: InstanceId,
+        /// How it failed.
+        why: String,
+        /// What was done all the same, in past tense; `None`: nothing.
+        done: Option<&'static str>,
     },
     /// Another operation (stop, delete, kill) put an end to this one.
     Superseded {
@@ -527,6 +636,8 @@ pub struct SlotView {
     pub by_itself: bool,
     /// Apps that have to be up before it is started.
     pub waiting_for: Vec<AppName>,
+    /// Before this moment an unhealthy run is not replaced: others of this slot have been, shortly before.
+    pub replace_after: Option<crate::model::moment::Moment>,
 }
 
 /// What is shown about one run.
@@ -546,4 +657,8 @@ pub struct RunView {
     pub queued: bool,
     /// When SIGKILL is due, while stopping.
     pub kill_at: Option<crate::model::moment::Moment>,
+    /// What its health check says, if it has one.
+    pub health: Option<Health>,
+    /// How many probes in a row have failed.
+    pub failed_probes: u32,
 }

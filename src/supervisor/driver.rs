@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ use super::notices::{Notices, longest_stop, status_of};
 use super::operations::{Known, Operations};
 use super::outcome::{operation_view, refused, step_view};
 use super::plan_view::plan_view;
+use super::probe::Finding;
 use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
 use super::saver::{SaveDone, Saver};
@@ -70,6 +72,15 @@ pub enum Input {
     /// An instance said "ready" on its notify socket or ready pipe; who heard it may want to know when that is
     /// recorded.
     SaidReady(InstanceId, Option<oneshot::Sender<()>>),
+    /// An instance was asked how it is.
+    Probed(Box<Finding>),
+    /// A connection to be handed to an instance by its agent.
+    HandProbe {
+        /// Whom.
+        id: InstanceId,
+        /// The instance's end.
+        socket: OwnedFd,
+    },
     /// From the dispatcher.
     Dispatch(DispatchEvent),
     /// From the tree worker.
@@ -487,6 +498,11 @@ impl Driver {
             }
             Input::Dispatch(DispatchEvent::Figures { id, figures, .. }) => {
                 self.surveys.answered(clock::now(), &id, *figures);
+                None
+            }
+            Input::Probed(answer) => self.world.probed(*answer),
+            Input::HandProbe { id, socket } => {
+                self.world.hand_probe(id, socket);
                 None
             }
             Input::Dispatch(event) => {

@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::{RawValue, Value, to_raw_value};
 
-use super::publish::{Numbers, SlotInfo};
+use super::publish::{Numbers, SlotInfo, current_health, health_word, probe_view};
 use crate::ipc::protocol::{MASK, ProcessView};
 use crate::model::figures::NodeFigures;
 use crate::model::moment::millis;
 use crate::model::spec::ExecMode;
 use crate::model::status::Status;
 use crate::policy::vocabulary::RunView;
+use crate::sys::clock;
 
 /// Variables that are never masked: what people look for, and what pm itself sets.
 const OPEN: [&str; 16] = [
@@ -312,6 +313,9 @@ impl Serialize for Ours<'_> {
         map.serialize_entry("balance", &info.spec.is_node_cluster().then_some(info.spec.balance))?;
         map.serialize_entry("listen", &info.listen)?;
         map.serialize_entry("ready_after_ms", &info.ready_after_ms())?;
+        map.serialize_entry("health", &current_health(info).map(health_word))?;
+        let probe = info.probe.as_ref().map(|heard| probe_view(heard, clock::now()));
+        map.serialize_entry("probe", &probe)?;
         let draining: Vec<Run> = info.view.draining.iter().map(run).collect();
         map.serialize_entry("draining", &draining)?;
         map.serialize_entry("rss", &numbers.rss)?;

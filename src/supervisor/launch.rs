@@ -305,6 +305,14 @@ fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
+/// The executable that a command names: by its path, from `cwd`, or in `path`.
+pub(super) fn find_program(name: &Path, path: Option<&str>, cwd: &Path) -> Option<PathBuf> {
+    if has_slash(name) {
+        return Some(cwd.join(name)).filter(|program| is_executable(program));
+    }
+    find_in_path(name, path.unwrap_or(DEFAULT_PATH), cwd)
+}
+
 /// Looks a command up as execvp(3) does; empty entries of PATH are the working directory.
 fn find_in_path(name: &Path, path: &str, cwd: &Path) -> Option<PathBuf> {
     path.split(':').map(|dir| cwd.join(dir).join(name)).find(|candidate| is_executable(candidate))

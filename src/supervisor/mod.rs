@@ -18,6 +18,7 @@ pub mod notices;
 pub mod operations;
 pub mod outcome;
 pub mod plan_view;
+pub mod probe;
 pub mod publish;
 pub mod ready;
 pub mod recovery;

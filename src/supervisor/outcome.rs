@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use crate::ipc::protocol::{AppResult, Failure, OperationView, Refused, StepKind as StepWords, StepView};
 use crate::model::exit::ExitReason;
-use crate::model::id::{AppName, InstanceId, Slot};
+use crate::model::id::{AppName, Generation, InstanceId, Slot};
 use crate::model::moment::millis;
+use crate::model::saved::HookKind;
 use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Step, StepKind};
 
 /// What the texts need beyond the outcome itself.
@@ -16,6 +17,8 @@ pub trait Witness {
     fn listen_failure(&self, id: &InstanceId) -> Option<String>;
     /// The `listen_timeout` of an app.
     fn listen_timeout(&self, app: &AppName) -> Option<Duration>;
+    /// What a probe of an instance heard last.
+    fn last_probe(&self, id: &InstanceId) -> Option<String>;
 }
 
 /// A step in the words of the protocol.
@@ -33,6 +36,11 @@ pub fn step_view(step: Step) -> StepView {
             StepWords::Gone { after_ms: millis(after), killed, reason: reason.to_string() }
         }
         StepKind::Failed { reason } => StepWords::Failed { reason: reason.to_string() },
+        // A hook has no place of its own.
+        StepKind::Hook { kind } => {
+            let step = StepWords::Hook { hook: kind };
+            return StepView { app: id.app, pm_id, slot: Slot(0), generation: Generation(0), step };
+        }
     };
     StepView { app: id.app, pm_id, slot: id.slot, generation: id.generation, step }
 }
@@ -70,6 +78,10 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
         AppOutcome::Already { what } => done(app, format!("already {what}"), 0),
         AppOutcome::Failed { id, reason, replaced, kept } => {
             let cause = failure_cause(&id, &reason, witness.listen_timeout(&app));
+            let cause = match witness.last_probe(&id).filter(|_| reason == ExitReason::NotReady) {
+                Some(probe) => format!("{cause}; last probe: {probe}"),
+                None => cause,
+            };
             let failure = Failure {
                 cause: match witness.listen_failure(&id) {
                     Some(why) => format!("{cause}: {why}"),
@@ -82,6 +94,16 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
             };
             failed(app, "failed", failure)
         }
+        AppOutcome::HookFailed { hook, id, why, done } => {
+            let failure = Failure {
+                cause: format!("hook {hook} failed: {why}"),
+                hint: Some(hook_hint(&app, hook, done)),
+                last_lines: witness.last_lines(&id),
+                replaced: Vec::new(),
+                kept: Vec::new(),
+            };
+            failed(app, done.unwrap_or("failed"), failure)
+        }
         AppOutcome::Superseded { by } => {
             let cause = format!("superseded by a {by} of the same app");
             failed(app, "superseded", plain(cause, None))
@@ -89,7 +111,7 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
         AppOutcome::Waiting { on, why } => {
             let cause = format!("not started: waiting for `{on}`, which {why}");
             let hint =
-                format!("It starts by itself as soon as `{on}` is up; see `pm describe {}`.", word(&on));
+                format!("It starts by itself as soon as `{on}` is up; see `pm describe {}`.", word_of(&on));
             failed(app, "waiting", plain(cause, Some(&hint)))
         }
         AppOutcome::Skipped { on } => {
@@ -135,7 +157,7 @@ fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Du
 }
 
 fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[Slot]) -> String {
-    let word = word(app);
+    let word = word_of(app);
     let logs = match reason {
         // What never ran has no logs.
         ExitReason::NotStarted(_) if kept.is_empty() => format!("Put that right, then `pm restart {word}`."),
@@ -153,8 +175,21 @@ fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[S
     }
 }
 
+fn hook_hint(app: &AppName, hook: HookKind, done: Option<&'static str>) -> String {
+    let logs = format!("See `pm logs {}`.", word_of(app));
+    match (hook, done) {
+        (_, Some(done)) => format!("It is {done} all the same. {logs}"),
+        (HookKind::PreReload, None) => {
+            format!("Nothing was changed: the old workers are still serving. {logs}")
+        }
+        (HookKind::PreStart | HookKind::PostStop | HookKind::OnErrored, None) => {
+            format!("Nothing was started, and nothing that ran was stopped. {logs}")
+        }
+    }
+}
+
 /// Names may have spaces, and what a hint says is typed as it stands.
-fn word(app: &AppName) -> String {
+fn word_of(app: &AppName) -> String {
     if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() }
 }
 

@@ -14,9 +14,11 @@ use std::time::Duration;
 use super::details::Details;
 use super::handle::Replies;
 use super::jlist::{self, ShowEnv, shown};
+use super::probe::Finding;
 use super::variables::Variables;
+use super::world::Heard;
 use crate::ipc::protocol::{
-    Answer, DrainingView, HostView, InstanceDetail, ListView, ProcessView, Reply, Row,
+    Answer, DrainingView, HostView, InstanceDetail, ListView, ProbeView, ProcessView, Reply, Row,
 };
 use crate::metrics::host::HostSampler;
 use crate::metrics::sample::Sampler;
@@ -26,7 +28,7 @@ use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, millis};
 use crate::model::spec::{AppSpec, Balance, ExecMode, Runtime};
 use crate::model::status::Status;
-use crate::policy::vocabulary::{RunView, SlotView};
+use crate::policy::vocabulary::{Health, ProbeResult, ProbeRole, RunView, SlotView};
 use crate::sys::clock;
 
 /// Everything the driver knows about a slot.
@@ -72,6 +74,8 @@ pub struct SlotInfo {
     pub listen: Vec<String>,
     /// The client address that makes most of the app's connections, where that counts.
     pub crowd: Option<IpAddr>,
+    /// What a probe of the current run heard last.
+    pub probe: Option<Heard>,
 }
 
 impl SlotInfo {
@@ -267,6 +271,7 @@ fn row(slot: &SlotInfo, numbers: &Numbers, now: Moment) -> Row {
         uptime_ms: current.filter(|run| runs && run.pid.is_some()).map(|run| millis(now.since(run.since))),
         restarts: slot.view.restarts,
         status: slot.view.status,
+        unhealthy: current_health(slot) == Some(Health::Unhealthy),
         note: note(slot, now),
         cpu: numbers.cpu,
         memory: numbers.memory,
@@ -307,6 +312,17 @@ fn note(slot: &SlotInfo, now: Moment) -> Option<String> {
         }
         Status::Launching | Status::Online => {}
     }
+    let heard = || slot.probe.as_ref().map(|heard| heard.finding.text.as_str()).unwrap_or_default();
+    match current_health(slot) {
+        Some(Health::Unhealthy) => {
+            notes.push(format!("unhealthy: {}", heard()));
+            if let Some(at) = view.replace_after {
+                notes.push(format!("not replaced again for {}", seconds(at.since(now))));
+            }
+        }
+        Some(Health::Failing { failed }) => notes.push(format!("health check failed {failed}×: {}", heard())),
+        Some(Health::Unknown | Health::Healthy) | None => {}
+    }
     if !view.draining.is_empty() {
         let left = view.draining.iter().filter_map(|run| run.kill_at).max();
         notes.push(match left {
@@ -344,6 +360,8 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
         processes: numbers.processes,
         draining: slot.view.draining.iter().map(|run| draining(run, now)).collect(),
         env,
+        probe: slot.probe.as_ref().map(|heard| probe_view(heard, now)),
+        health: current_health(slot).map(|health| health_word(health).to_owned()),
         notes: notes(slot),
     }
 }
@@ -355,6 +373,37 @@ fn masked(spec: &AppSpec, show: ShowEnv) -> AppSpec {
         *value = shown(key, value, show).to_owned();
     }
     spec
+}
+
+/// The current run's health.
+pub(super) fn current_health(slot: &SlotInfo) -> Option<Health> {
+    slot.view.current.as_ref().filter(|run| run.status == Status::Online)?.health
+}
+
+/// One word for it.
+pub(super) const fn health_word(health: Health) -> &'static str {
+    match health {
+        Health::Unknown => "unknown",
+        Health::Healthy => "healthy",
+        Health::Failing { .. } => "failing",
+        Health::Unhealthy => "unhealthy",
+    }
+}
+
+/// What a probe heard last.
+pub(super) fn probe_view(heard: &Heard, now: Moment) -> ProbeView {
+    let Finding { role, result, text, at, took, .. } = &heard.finding;
+    ProbeView {
+        role: match role {
+            ProbeRole::Ready => "ready".to_owned(),
+            ProbeRole::Health => "health".to_owned(),
+        },
+        ok: *result == ProbeResult::Passed,
+        text: text.clone(),
+        ago_ms: millis(now.since(*at)),
+        took_ms: millis(*took),
+        in_a_row: heard.in_a_row,
+    }
 }
 
 fn draining(run: &RunView, now: Moment) -> DrainingView {

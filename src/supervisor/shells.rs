@@ -67,7 +67,12 @@ impl Shells {
                 Outcome::Refused(_) => false,
                 Outcome::Done { apps } | Outcome::Failed { apps } => {
                     match apps.iter().find(|(name, _)| *name == app).map(|(_, outcome)| outcome) {
-                        Some(AppOutcome::NotSaved { .. } | AppOutcome::Skipped { .. }) | None => false,
+                        Some(
+                            AppOutcome::NotSaved { .. }
+                            | AppOutcome::Skipped { .. }
+                            | AppOutcome::HookFailed { done: None, .. },
+                        )
+                        | None => false,
                         Some(AppOutcome::Superseded { .. }) => !undone,
                         Some(AppOutcome::Failed { replaced, .. }) => !undone || !replaced.is_empty(),
                         Some(
@@ -75,6 +80,7 @@ impl Shells {
                             | AppOutcome::Already { .. }
                             // It is there, and starts with it when its turn has come.
                             | AppOutcome::Waiting { .. }
+                            | AppOutcome::HookFailed { .. }
                             | AppOutcome::NotRemembered { .. },
                         ) => true,
                     }

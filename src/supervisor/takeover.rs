@@ -169,6 +169,7 @@ fn try_start_keeper(home: &Home, attended: Attended, estate: &Inventory) -> io::
         umask: None,
         oom_score_adj: Some(estate.hello.oom_score_adj),
         limits: &[estate.hello.open_files],
+        die_with_us: false,
         fds: &[stdin.as_fd(), stdout.as_fd(), stderr.as_fd()],
     })
     .map_err(|failure| io::Error::other(failure.to_string()))?;

@@ -3,6 +3,8 @@
 //! Decides nothing. Every descriptor that must outlive this supervisor is at the keeper before anybody can use it.
 
 pub mod adopt;
+mod hooks;
+mod probes;
 mod start;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -44,7 +46,7 @@ use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
 use crate::node::messages::{common_key, split_slot_key};
 use crate::policy::fleet::{AppView, Fleet};
-use crate::policy::vocabulary::{Action, Event, IdleConnections, RequestsInFlight, SlotView};
+use crate::policy::vocabulary::{Action, Event, HookEnd, IdleConnections, RequestsInFlight, SlotView};
 use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::child::WaitStatus;
@@ -52,6 +54,9 @@ use crate::sys::procfs::ProcessId;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
 use crate::sys::{clock, orphans, poll};
+use hooks::HookProcesses;
+pub use probes::Heard;
+use probes::Probes;
 
 /// What the app left behind when its main process ended gets the kill signal, then this long.
 const LEFTOVERS_GRACE: Duration = Duration::from_secs(1);
@@ -150,6 +155,8 @@ pub struct World {
     steering: Steering,
     /// Why a `listen()` of these runs failed.
     listen_failures: HashMap<InstanceId, String>,
+    probes: Probes,
+    hooks: HookProcesses,
     /// The keeper has said that another one follows.
     successor_announced: bool,
 }
@@ -214,6 +221,8 @@ impl World {
             crowds: HashMap::new(),
             steering: Steering::default(),
             listen_failures: HashMap::new(),
+            probes: Probes::default(),
+            hooks: HookProcesses::default(),
             successor_announced: false,
         }
     }
@@ -352,6 +361,20 @@ impl World {
                 };
                 let drain = Drain { idle, patience, in_flight, websockets, within };
                 self.dispatch(Command::Drain { id, drain })
+            }
+            Action::Probe { id, role, delay } => {
+                self.probe(id, role, delay);
+                Vec::new()
+            }
+            Action::RunHook { id, kind, pm_id, spec, errored } => {
+                let shell = hooks::shell_of(shells, &id.app);
+                let order = hooks::Order { id, kind, pm_id, spec, errored, shell };
+                self.run_hook(order).into_iter().collect()
+            }
+            Action::KillHook { id } => self.kill_hook(&id).into_iter().collect(),
+            Action::StopProbing { id } => {
+                self.stop_probing(&id);
+                Vec::new()
             }
             Action::Disconnect { id } => self.dispatch(Command::Disconnect { id }),
             Action::SendShutdown { id } => self.dispatch(Command::SendShutdown { id }),
@@ -498,6 +521,7 @@ impl World {
 
     fn forget(&mut self, id: &InstanceId) {
         let Some(run) = self.runs.remove(id) else { return };
+        self.stop_probing(id);
         for ear in &run.ears {
             ear.abort();
         }
@@ -525,6 +549,7 @@ impl World {
         {
             self.logs.forget(&oldest);
             self.listen_failures.remove(&oldest);
+            self.forget_probes(&oldest);
         }
     }
 
@@ -541,12 +566,19 @@ impl World {
             FromKeeper::Spawned { request, pid, start_ticks } => {
                 let id = self.spawning.remove(&request)?;
                 self.has_process(&id, pid, start_ticks);
+                if id.slot.is_hook() {
+                    self.hook_spawned(&id);
+                    return None;
+                }
                 Some(Event::Spawned { id, pid })
             }
             FromKeeper::SpawnFailed { request, pid, failure } => {
                 // One that an earlier supervisor asked for is known by its pid.
                 let id = self.spawning.remove(&request).or_else(|| self.by_pid.get(&pid).cloned())?;
                 self.never_ran(&id);
+                if id.slot.is_hook() {
+                    return Some(Event::HookEnded { id, end: HookEnd::Failed(failure.to_string()) });
+                }
                 let retry = start::retry_of(failure.errno);
                 Some(Event::SpawnFailed { id, error: failure.to_string(), retry })
             }
@@ -562,6 +594,10 @@ impl World {
                     self.listeners.steer(&id.app, &self.steering);
                 }
                 self.finish_logs(&id);
+                if id.slot.is_hook() {
+                    self.hook_exited(&id, reason_of(status));
+                    return None;
+                }
                 Some(Event::Exited { id, reason: reason_of(status) })
             }
             FromKeeper::NotUnderstood { kind } => {
@@ -587,7 +623,9 @@ impl World {
         run.process = Some(ProcessId { pid: pid.cast_signed(), start_ticks });
         let pm_id = run.tag.pm_id;
         self.by_pid.insert(pid, id.clone());
-        self.write_pid_file(&id.app, pm_id, pid);
+        if !id.slot.is_hook() {
+            self.write_pid_file(&id.app, pm_id, pid);
+        }
     }
 
     fn write_pid_file(&self, app: &AppName, pm_id: PmId, pid: u32) {
@@ -631,6 +669,9 @@ impl World {
                 tracing::error!(instance = %id, %error, "cannot see processes");
             }
         }
+        if id.slot.is_hook() && !self.runs.contains_key(&id) {
+            return self.left_hook_gone(&id);
+        }
         self.runs.get_mut(&id)?.end.tree_gone = true;
         self.finish_logs(&id);
         None
@@ -639,6 +680,9 @@ impl World {
     /// What the log pump's event means to the fleet.
     pub fn logged(&mut self, event: LogEvent) -> Option<Event> {
         match event {
+            LogEvent::Drained { id } if id.slot.is_hook() => {
+                self.runs.contains_key(&id).then(|| self.hook_gone(&id))
+            }
             LogEvent::Drained { id } => self.runs.contains_key(&id).then_some(Event::TreeGone { id }),
             LogEvent::Trouble(trouble) => {
                 tracing::warn!(
@@ -647,6 +691,7 @@ impl World {
                 );
                 None
             }
+            LogEvent::Matched { id, line } => self.line_matched(id, &line),
             LogEvent::Detached { .. } | LogEvent::Reopened => None,
         }
     }
@@ -828,6 +873,7 @@ impl World {
             unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
             listen: self.addresses(spec),
             crowd: self.crowds.get(&spec.name).copied(),
+            probe: view.current.as_ref().and_then(|run| self.last_heard(&run.id)).cloned(),
             view,
         }
     }
@@ -956,6 +1002,10 @@ impl Witness for World {
 
     fn listen_timeout(&self, app: &AppName) -> Option<Duration> {
         self.listen_timeouts.get(app).copied()
+    }
+
+    fn last_probe(&self, id: &InstanceId) -> Option<String> {
+        self.last_heard(id).map(|heard| heard.finding.text.clone())
     }
 }
 

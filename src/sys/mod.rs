@@ -5,6 +5,7 @@ pub mod child;
 pub mod clock;
 pub mod exec;
 pub mod fdpass;
+pub mod helper;
 pub mod holder;
 pub mod inherited;
 pub mod limits;

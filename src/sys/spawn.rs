@@ -2,7 +2,7 @@
 //!
 //! Never waits for the program: whether exec succeeded is read later from [`Started::report`]. Between fork and exec
 //! the child makes only these calls, all async-signal-safe, on memory that was laid out before the fork: sigaction,
-//! setsid, open, fcntl, dup2, close_range, write, close, setrlimit, umask, setgroups, setresgid, setresuid, chdir,
+//! setsid, open, fcntl, dup2, close_range, write, close, setrlimit, umask, setgroups, setresgid, setresuid, prctl, chdir,
 //! getpid, sigprocmask, execve or execveat, _exit.
 
 use std::ffi::{CStr, c_char};
@@ -61,6 +61,8 @@ pub struct Program<'a> {
     pub oom_score_adj: Option<i32>,
     /// Resource limits to set, in this order.
     pub limits: &'a [Limit],
+    /// It is killed when the thread that starts it ends (PR_SET_PDEATHSIG, prctl(2)).
+    pub die_with_us: bool,
     /// The descriptors: the first becomes 0, the next 1, and so on. What is missing of 0–2 is /dev/null.
     pub fds: &'a [BorrowedFd<'a>],
 }
@@ -311,6 +313,10 @@ fn prepare(plan: &mut Plan<'_>) -> Result<Option<RawFd>, Failure> {
     if let Some(credentials) = program.credentials {
         change_user(credentials)?;
     }
+    if program.die_with_us {
+        // After the change of user, which takes it back. SAFETY: three integers.
+        check(Stage::Session, unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
+    }
     if let Some(cwd) = program.cwd {
         // SAFETY: `cwd` is a C string.
         check(Stage::Chdir, unsafe { libc::chdir(cwd.as_ptr()) })?;
@@ -470,6 +476,7 @@ mod tests {
             credentials: None,
             umask: None,
             oom_score_adj: None,
+            die_with_us: false,
             limits: &[],
             fds: &fds,
         };

@@ -31,6 +31,7 @@ fn row(id: u32, app: &str, slot: u32, status: Status) -> Row {
         uptime_ms: runs.then_some(65_000),
         restarts: id,
         status,
+        unhealthy: false,
         note: None,
         cpu: runs.then_some(1.25),
         memory: runs.then_some(48_234_496),
@@ -358,6 +359,8 @@ fn detail() -> InstanceDetail {
         env: [("NODE_ENV", "production"), ("TOKEN", pm::ipc::protocol::MASK)]
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into(),
+        probe: None,
+        health: None,
         notes: vec!["agent = false: idle keep-alive connections may be cut".to_owned()],
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Behaviour {
     pub(crate) listens_after: Option<Duration>,
     /// The keys it listens on.
     pub(crate) keys: u32,
+    /// When it fails its health check for ever.
+    pub(crate) sick_after: Option<Duration>,
     /// When it ends by itself, with this code.
     pub(crate) exits_after: Option<(Duration, i32)>,
     /// How long after the kill signal it ends; `None`: it ignores it.
@@ -48,6 +50,7 @@ impl Default for Behaviour {
             ready_after: Some(millis(50)),
             listens_after: None,
             keys: 1,
+            sick_after: None,
             exits_after: None,
             obeys_after: Some(millis(5)),
             drains_after: Some(millis(1)),
@@ -68,6 +71,10 @@ impl Behaviour {
         Self { exits_after: Some((after, 1)), ..Self::default() }
     }
 
+    pub(crate) fn sick_after(after: Duration) -> Self {
+        Self { sick_after: Some(after), ..Self::default() }
+    }
+
     pub(crate) fn ignores_signals() -> Self {
         Self { obeys_after: None, ..Self::default() }
     }
@@ -80,6 +87,7 @@ impl Behaviour {
             2 => one.ready_after = Some(millis(rng.below(7000))),
             3 => one.exits_after = Some((millis(rng.below(3000)), i32::from(rng.chance(70)))),
             4 => one.exits_after = Some((millis(rng.below(200)), 1)),
+            6..=8 => one.sick_after = Some(millis(rng.below(6000))),
             5 => one.listens_after = Some(millis(rng.below(4000))),
             _ => {}
         }

@@ -80,6 +80,13 @@ fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -
     if rng.chance(30) {
         spec.env.vars.insert(String::from("RELEASE"), rng.below(3).to_string());
     }
+    // Ten minutes of calm are long.
+    if let Some(probe) = &mut spec.health {
+        probe.interval = secs(6);
+    }
+    if rng.chance(15) {
+        spec.hooks = specs::hooks();
+    }
     match rng.below(10) {
         0 => spec.reload.max_surge = Share::Count(2),
         1 => (spec.reload.max_surge, spec.reload.max_unavailable) = (Share::Count(0), Share::Count(1)),

@@ -11,7 +11,8 @@ use pm::model::saved::{Desired, Found, SavedFleet};
 use pm::model::signal::Signal;
 use pm::model::spec::KillMode;
 use pm::policy::vocabulary::{
-    Action, AppOutcome, Command, Event, IdleConnections, Outcome, RequestsInFlight, Verb,
+    Action, AppOutcome, Command, Event, IdleConnections, Outcome, ProbeResult, ProbeRole, RequestsInFlight,
+    Verb,
 };
 
 use crate::random::first_breach;
@@ -61,6 +62,18 @@ pub(crate) enum Bug {
     StartsAtOnce,
     /// What others need goes down with them.
     StopsAtOnce,
+    /// A probe that failed counts as passed.
+    ProbeLies,
+    /// The health check of the first slot is believed whatever it says.
+    BelieveWell,
+    /// Who is on its way out is asked on.
+    KeepProbing,
+    /// Hooks count as succeeded without having been run.
+    SkipHooks,
+    /// Hooks are run twice.
+    TwoHooks,
+    /// The end of a hook is never heard of.
+    LoseHooks,
 }
 
 /// The bug and what it needs to know.
@@ -71,11 +84,19 @@ pub(crate) struct Sabotage {
     serving: BTreeMap<(AppName, Slot), InstanceId>,
     lied: Vec<OpId>,
     lie: Option<(OpId, AppName)>,
+    pub(crate) skipped: Vec<InstanceId>,
 }
 
 impl Sabotage {
     pub(crate) fn new(bug: Bug) -> Self {
-        Self { bug, spawns: BTreeMap::new(), serving: BTreeMap::new(), lied: Vec::new(), lie: None }
+        Self {
+            bug,
+            spawns: BTreeMap::new(),
+            serving: BTreeMap::new(),
+            lied: Vec::new(),
+            lie: None,
+            skipped: Vec::new(),
+        }
     }
 
     /// What the fleet hears.
@@ -87,7 +108,15 @@ impl Sabotage {
             (Bug::BelieveReady, Event::Spawned { id, pid }) => {
                 vec![Event::Spawned { id: id.clone(), pid }, Event::Ready { id }]
             }
-            (Bug::LoseExits, Event::Exited { .. }) | (Bug::DeafToTime, Event::DeadlineReached) => Vec::new(),
+            (Bug::ProbeLies, Event::Probed { id, role: ProbeRole::Ready, .. }) => {
+                vec![Event::Probed { id, role: ProbeRole::Ready, result: ProbeResult::Passed }]
+            }
+            (Bug::BelieveWell, Event::Probed { id, role: ProbeRole::Health, .. }) if id.slot == Slot(0) => {
+                vec![Event::Probed { id, role: ProbeRole::Health, result: ProbeResult::Passed }]
+            }
+            (Bug::LoseHooks, Event::HookEnded { .. })
+            | (Bug::LoseExits, Event::Exited { .. })
+            | (Bug::DeafToTime, Event::DeadlineReached) => Vec::new(),
             (Bug::StopLies, Event::Asked { op, command }) => {
                 if let Command::Act { verb: Verb::Stop, selection, .. } = &command
                     && let [one] = &selection[..]
@@ -132,7 +161,16 @@ impl Sabotage {
 
     fn twist(&mut self, action: Action, out: &mut Vec<Action>) {
         match (self.bug, action) {
-            (Bug::DropTakeOut, Action::TakeOut { .. })
+            (Bug::SkipHooks, Action::RunHook { id, .. }) => self.skipped.push(id),
+            (Bug::TwoHooks, Action::RunHook { id, kind, pm_id, spec, errored }) => {
+                let mut other = id.clone();
+                other.generation.0 += 1;
+                let twice = errored.clone();
+                out.push(Action::RunHook { id, kind, pm_id, spec: spec.clone(), errored });
+                out.push(Action::RunHook { id: other, kind, pm_id, spec, errored: twice });
+            }
+            (Bug::KeepProbing, Action::StopProbing { .. })
+            | (Bug::DropTakeOut, Action::TakeOut { .. })
             | (Bug::NoPutIn, Action::PutIn { .. })
             | (Bug::DropForget, Action::Forget { .. })
             | (Bug::NeverKill, Action::KillTree { .. }) => {}
@@ -256,6 +294,12 @@ fn every_planted_bug_is_found() {
         Bug::DeafToTime,
         Bug::StartsAtOnce,
         Bug::StopsAtOnce,
+        Bug::ProbeLies,
+        Bug::BelieveWell,
+        Bug::KeepProbing,
+        Bug::SkipHooks,
+        Bug::TwoHooks,
+        Bug::LoseHooks,
     ] {
         match first_breach(bug, 0..2000) {
             Some((seed, why)) => println!("{bug:?}: seed {seed}: {why}"),

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use pm::model::exit::ExitReason;
 use pm::model::signal::Signal;
+use pm::model::spec::AppSpec;
 use pm::model::spec::Share;
-use pm::policy::vocabulary::{Command, Retry, Selected, StepKind, Verb};
+use pm::policy::vocabulary::{Command, Health, HookEnd, Retry, Selected, StepKind, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
-use crate::specs::{Like, name, spec};
+use crate::specs::{Like, hooks, name, spec};
 use crate::world::World;
 
 #[test]
@@ -517,4 +518,293 @@ fn reload_of_everything_goes_two_apps_at_a_time_and_past_failures() {
 fn reload(app: &str) -> Command {
     let selection = vec![Selected { app: name(app), slots: None }];
     Command::Act { verb: Verb::Reload, selection, specs: Vec::new() }
+}
+
+#[test]
+fn readiness_probe_opens_the_gate_after_its_threshold() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    world.deploy("api", Behaviour { ready_after: Some(secs(2)), ..Behaviour::default() });
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(2000));
+    world.check("api", "0: online v1 + launching v2 | 1: online v1 | no reply");
+    world.run_for(secs(4));
+    world.check("api", "0: online v2 | 1: online v2 | reloaded");
+}
+
+#[test]
+fn probe_that_never_succeeds_is_a_failed_release() {
+    let mut world = World::with_app("api", Like::Probed, 1);
+    world.deploy("api", Behaviour::never_ready());
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(7));
+    let last = world.last();
+    assert_eq!(last, "failed: 0 not ready in time, 0 replaced, 0 kept");
+    world.expect_no_breach();
+}
+
+#[test]
+fn unhealthy_instance_is_replaced_through_the_gate() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 3);
+    let old = world.pids("api");
+    world.sicken("api", 1);
+    // Three answers, one a second; the fresh one is ready 200 ms after its start.
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | 1: online v1 | 2: online v1 | started");
+    let new = world.pids("api");
+    assert_eq!(new.iter().filter(|pid| old.contains(pid)).count(), 2, "{old:?} {new:?}");
+    assert_eq!(world.last_exit("api", 1), Some(ExitReason::Health));
+    assert_eq!(world.restarts("api"), [0, 1, 0]);
+}
+
+#[test]
+fn instances_that_all_fail_are_left_alone_and_shown() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 3);
+    let old = world.pids("api");
+    for slot in 0..3 {
+        world.sicken("api", slot);
+    }
+    world.run_for(secs(600));
+    world.expect_no_breach();
+    assert_eq!(world.pids("api"), old, "nobody is ended");
+    assert_eq!(world.healths("api"), [Some(Health::Unhealthy); 3]);
+    // What they depend on is back.
+    for slot in 0..3 {
+        world.cure("api", slot);
+    }
+    world.run_for(secs(3));
+    assert_eq!(world.healths("api"), [Some(Health::Healthy); 3]);
+    assert_eq!(world.pids("api"), old);
+}
+
+#[test]
+fn the_last_healthy_instance_waits_until_others_are_well() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    world.sicken("api", 0);
+    world.sicken("api", 1);
+    world.run_for(secs(30));
+    let old = world.pids("api");
+    world.cure("api", 1);
+    world.run_for(secs(5));
+    world.expect_no_breach();
+    assert_eq!(world.pids("api").iter().filter(|pid| old.contains(pid)).count(), 1);
+    assert_eq!(world.healths("api"), [Some(Health::Healthy); 2]);
+}
+
+#[test]
+fn a_single_instance_is_replaced_and_ever_more_rarely() {
+    let mut world = World::with_app("job", Like::Probed, 1);
+    world.deploy("job", Behaviour::sick_after(millis(500)));
+    world.sicken("job", 0);
+    world.run_for(secs(60));
+    world.expect_no_breach();
+    // At 3 s, then no sooner than 15 s and 45 s after that.
+    assert_eq!(world.restarts("job"), [3]);
+    world.run_for(secs(600));
+    let restarts = world.restarts("job")[0];
+    assert!((5..9).contains(&restarts), "{restarts}");
+}
+
+#[test]
+fn health_waits_for_a_reload_and_is_dropped_when_that_replaced_the_instance() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    world.deploy("api", Behaviour { ready_after: Some(secs(4)), ..Behaviour::default() });
+    world.act(Verb::Reload, "api");
+    world.sicken("api", 1);
+    world.run_for(secs(20));
+    world.check("api", "0: online v2 | 1: online v2 | reloaded");
+    assert_eq!(world.restarts("api"), [1, 1], "the reload's own and no other");
+}
+
+#[test]
+fn a_deploy_during_a_replacement_waits_and_is_not_refused() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    world.deploy("api", Behaviour { ready_after: Some(secs(3)), ..Behaviour::default() });
+    world.sicken("api", 0);
+    world.run_for(secs(4));
+    let mut newer = spec("api", Like::ProbedWorkers, 2);
+    newer.env.vars.insert(String::from("RELEASE"), String::from("2"));
+    world.act_on(Verb::Reload, "api", None, Some(newer));
+    assert_eq!(world.last(), "no reply");
+    world.run_for(secs(20));
+    world.check("api", "0: online v2 | 1: online v2 | reloaded");
+    assert_eq!(world.restarts("api"), [2, 1]);
+}
+
+#[test]
+fn a_replacement_that_does_not_get_ready_leaves_the_unhealthy_one() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    let old = world.pids("api");
+    world.deploy("api", Behaviour::never_ready());
+    world.sicken("api", 0);
+    world.run_for(secs(12));
+    world.check("api", "0: online v1 | 1: online v1 | started");
+    assert_eq!(world.pids("api"), old);
+    assert_eq!(world.healths("api")[0], Some(Health::Unhealthy));
+}
+
+#[test]
+fn the_next_supervisor_goes_on_with_probes_and_counts() {
+    let mut world = World::with_app("api", Like::ProbedWorkers, 2);
+    let old = world.pids("api");
+    world.sicken("api", 0);
+    world.run_for(millis(2500));
+    world.supervisor_dies();
+    world.run_for(secs(6));
+    world.expect_no_breach();
+    assert_eq!(world.pids("api").iter().filter(|pid| old.contains(pid)).count(), 1);
+    assert_eq!(world.healths("api"), [Some(Health::Healthy); 2]);
+}
+
+fn hooked(app: &str, like: Like, instances: u32) -> AppSpec {
+    AppSpec { hooks: hooks(), ..spec(app, like, instances) }
+}
+
+#[test]
+fn hooks_run_once_each_where_they_should() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 2));
+    assert_eq!(world.last(), "no reply");
+    world.run_for(millis(10));
+    assert_eq!(world.picture("api"), "0: launching | 1: launching", "nothing runs before its hook has");
+    world.run_for(secs(1));
+    world.check("api", "0: online v1 | 1: online v1 | started");
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(5));
+    world.act(Verb::Restart, "api");
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | 1: online v1 | restarted");
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(5));
+    world.check("api", "0: stopped | 1: stopped | stopped");
+    assert_eq!(world.hooks_run, ["pre_start", "pre_reload", "pre_start", "post_stop"]);
+    world.act(Verb::Delete, "api");
+    world.run_for(secs(1));
+    assert_eq!(world.hooks_run.len(), 4, "it was down already");
+    assert_eq!(world.last(), "deleted");
+}
+
+#[test]
+fn a_pre_start_that_fails_leaves_an_errored_row() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.hook_like = Some((millis(20), HookEnd::Failed(String::from("exit code 3"))));
+    world.start(hooked("api", Like::Workers, 2));
+    world.run_for(secs(30));
+    world.check("api", "0: errored | 1: errored | hook pre_start failed: exit code 3");
+    world.hook_like = None;
+    world.act(Verb::Start, "api");
+    world.run_for(secs(2));
+    world.check("api", "0: online v1 | 1: online v1 | started");
+}
+
+#[test]
+fn a_pre_reload_or_pre_start_that_fails_changes_nothing() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 2));
+    world.run_for(secs(2));
+    let (old, disk) = (world.pids("api"), world.disk.clone());
+    world.hook_like = Some((millis(20), HookEnd::Failed(String::from("exit code 3"))));
+    for (verb, hook) in [(Verb::Reload, "pre_reload"), (Verb::Restart, "pre_start")] {
+        let mut newer = hooked("api", Like::Workers, 2);
+        newer.env.vars.insert(String::from("RELEASE"), String::from("2"));
+        world.act_on(verb, "api", None, Some(newer));
+        world.run_for(secs(2));
+        world.check("api", &format!("0: online v1 | 1: online v1 | hook {hook} failed: exit code 3"));
+        assert_eq!((world.pids("api"), &world.disk), (old.clone(), &disk));
+    }
+}
+
+#[test]
+fn a_hook_that_hangs_is_killed_when_its_time_is_over() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 1));
+    world.run_for(secs(2));
+    world.hook_like = Some((secs(1000), HookEnd::Succeeded));
+    world.act(Verb::Reload, "api");
+    world.run_for(secs(3));
+    assert_eq!(world.last(), "no reply");
+    world.run_for(secs(2));
+    world.check("api", "0: online v1 | hook pre_reload failed: no end within 4s, so it was killed");
+}
+
+#[test]
+fn a_stop_does_not_wait_for_the_hook_of_what_it_supersedes() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 1));
+    world.run_for(secs(2));
+    world.hook_like = Some((secs(3), HookEnd::Succeeded));
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(100));
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(2));
+    assert_eq!(world.picture("api"), "0: stopped");
+    world.run_for(secs(3));
+    world.check("api", "0: stopped | stopped");
+    assert_eq!(world.hooks_run, ["pre_start", "pre_reload failed", "post_stop"]);
+}
+
+#[test]
+fn a_failed_post_stop_is_told_and_changes_nothing() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 1));
+    world.run_for(secs(2));
+    world.hook_like = Some((millis(20), HookEnd::Failed(String::from("exit code 9"))));
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(5));
+    world.check("api", "0: stopped | stopped, hook post_stop failed: exit code 9");
+    world.hook_like = None;
+    world.act(Verb::Start, "api");
+    world.run_for(secs(2));
+    world.act(Verb::Delete, "api");
+    world.run_for(secs(5));
+    assert_eq!(world.last(), "deleted");
+    assert_eq!(world.hooks_run, ["pre_start", "post_stop failed", "pre_start", "post_stop"]);
+}
+
+#[test]
+fn somebody_is_told_when_an_app_is_given_up() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    let mut job = hooked("job", Like::Plain, 1);
+    job.restart.max_restarts = 3;
+    world.start(job);
+    world.run_for(secs(2));
+    world.deploy("job", Behaviour::crashes_after(millis(10)));
+    world.crash("job", 0, &ExitReason::Code(1));
+    world.run_for(secs(30));
+    assert_eq!(world.picture("job"), "0: errored");
+    assert_eq!(world.hooks_run, ["pre_start", "on_errored"]);
+}
+
+#[test]
+fn a_reboot_starts_with_the_hook_and_the_next_supervisor_does_what_is_owed() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    world.start(hooked("api", Like::Workers, 1));
+    world.run_for(secs(2));
+    world.reboot();
+    world.run_for(secs(5));
+    world.expect_no_breach();
+    assert_eq!(world.picture("api"), "0: online v1");
+    assert_eq!(world.hooks_run, ["pre_start", "pre_start"]);
+    // In the middle of post_stop.
+    world.hook_like = Some((secs(2), HookEnd::Succeeded));
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(1));
+    world.supervisor_dies();
+    world.run_for(secs(10));
+    assert_eq!(world.hooks_run[2..], ["post_stop"]);
+    // In the middle of pre_start.
+    world.act(Verb::Start, "api");
+    world.run_for(secs(1));
+    world.supervisor_dies();
+    world.run_for(secs(10));
+    world.expect_no_breach();
+    assert_eq!(world.picture("api"), "0: online v1");
+    assert_eq!(world.hooks_run[3..], ["pre_start"]);
 }

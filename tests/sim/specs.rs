@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use pm::model::id::AppName;
 use pm::model::spec::{
-    AppSpec, CommandSpec, ExecMode, ListenAddress, ListenSpec, OnFailure, Runtime, StopMethod,
+    AppSpec, Check, CommandSpec, ExecMode, Hook, Hooks, ListenAddress, ListenSpec, OnFailure, Probe, Runtime,
+    StopMethod,
 };
 
 /// What a spec is like, as far as policy cares.
@@ -23,18 +24,36 @@ pub(crate) enum Like {
     BareWorkers,
     /// Any program on an inherited listener that says "ready".
     Inheriting,
+    /// Any program that binds its own port, with a readiness and a health probe.
+    Probed,
+    /// Workers of a Node cluster, with a readiness and a health probe.
+    ProbedWorkers,
 }
 
-pub(crate) const ALL: [Like; 6] =
-    [Like::Plain, Like::NodeFork, Like::Workers, Like::PoliteWorkers, Like::BareWorkers, Like::Inheriting];
+pub(crate) const ALL: [Like; 8] = [
+    Like::Plain,
+    Like::NodeFork,
+    Like::Workers,
+    Like::PoliteWorkers,
+    Like::BareWorkers,
+    Like::Inheriting,
+    Like::Probed,
+    Like::ProbedWorkers,
+];
+
+/// Every hook.
+pub(crate) fn hooks() -> Hooks {
+    let hook = Some(Hook { argv: vec![String::from("./hook")], timeout: Duration::from_secs(4) });
+    Hooks { pre_start: hook.clone(), pre_reload: hook.clone(), post_stop: hook.clone(), on_errored: hook }
+}
 
 pub(crate) fn name(text: &str) -> AppName {
     AppName::new(text).unwrap()
 }
 
 pub(crate) fn spec(app: &str, like: Like, instances: u32) -> AppSpec {
-    let node = !matches!(like, Like::Plain | Like::Inheriting);
-    let cluster = !matches!(like, Like::Plain | Like::NodeFork);
+    let node = !matches!(like, Like::Plain | Like::Inheriting | Like::Probed);
+    let cluster = !matches!(like, Like::Plain | Like::NodeFork | Like::Probed);
     let listen = ListenSpec {
         name: String::from("3000"),
         address: ListenAddress::Tcp("127.0.0.1:3000".parse().unwrap()),
@@ -57,5 +76,16 @@ pub(crate) fn spec(app: &str, like: Like, instances: u32) -> AppSpec {
     spec.stop.method = if like == Like::BareWorkers { StopMethod::Disconnect } else { StopMethod::Signal };
     spec.reload.on_failure = OnFailure::Abort;
     spec.agent = like != Like::BareWorkers;
+    if matches!(like, Like::Probed | Like::ProbedWorkers) {
+        let probe = |interval, threshold| Probe {
+            check: Check::Tcp(String::from("127.0.0.1:{PORT}")),
+            interval: Duration::from_millis(interval),
+            timeout: Duration::from_secs(2),
+            threshold,
+            start_period: Duration::ZERO,
+        };
+        spec.ready.probe = Some(probe(100, 2));
+        spec.health = Some(probe(1000, 3));
+    }
     spec
 }

@@ -12,13 +12,14 @@ use std::time::Duration;
 use pm::model::exit::ExitReason;
 use pm::model::id::{AppName, InstanceId, OpId, Slot};
 use pm::model::moment::Moment;
-use pm::model::saved::{Desired, Found, Memo, SavedApp, SavedFleet};
+use pm::model::saved::{Desired, Found, HookKind, Memo, SavedApp, SavedFleet};
 use pm::model::signal::Signal;
-use pm::model::spec::{AppSpec, Dependency, ReloadRules};
+use pm::model::spec::{AppSpec, Dependency, Hooks, ReloadRules};
 use pm::model::status::Status;
-use pm::policy::fleet::{Fleet, Settings};
+use pm::policy::fleet::{AppView, Fleet, Settings};
 use pm::policy::news::{News, What};
 use pm::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Step, Verb};
+use pm::policy::vocabulary::{Health, HookEnd, ProbeResult, ProbeRole, SlotView};
 
 use crate::behaviour::{Behaviour, millis, secs};
 use crate::rng::Rng;
@@ -65,6 +66,12 @@ pub(crate) struct Proc {
     /// The supervisor lost its memory and had to believe that it is ready.
     pub(crate) believed: bool,
     pub(crate) ladder: bool,
+    /// What it is being asked, and the number of that order.
+    pub(crate) asked: Option<(ProbeRole, u64)>,
+    /// It has answered well, and how it was then is not taken back.
+    pub(crate) passed: bool,
+    /// The last answer that the fleet heard was a good one.
+    pub(crate) known_well: bool,
 }
 
 impl Proc {
@@ -75,12 +82,19 @@ impl Proc {
     fn may_serve(&self) -> bool {
         let ready = if self.spec.ready.wait_ready {
             self.said_ready
+        } else if self.spec.ready.probe.is_some() {
+            self.passed
         } else if self.spec.is_node_cluster() {
             !self.keys.is_empty()
         } else {
             true
         };
         self.alive() && (ready || self.believed)
+    }
+
+    /// Whether it has failed its health check for at least so long.
+    fn is_sick(&self, now: Moment, span: Duration) -> bool {
+        self.behaviour.sick_after.is_some_and(|after| self.born + after + span <= now)
     }
 
     fn serves(&self) -> bool {
@@ -97,6 +111,10 @@ enum Happening {
     Says(InstanceId, Word),
     Exits(InstanceId, ExitReason),
     TreeGoes(InstanceId),
+    /// A hook and all it started have ended; `None`: it was killed.
+    HookEnds(InstanceId, HookKind, Option<HookEnd>),
+    /// It is asked how it is.
+    Asked(InstanceId, ProbeRole, u64),
     /// The supervisor hears something that only it waits for.
     Hears(Event),
     /// A late double of what it has heard.
@@ -170,6 +188,16 @@ pub(crate) struct World {
     rotation: BTreeSet<InstanceId>,
     pub(crate) news: Vec<News>,
     stuck: u32,
+    /// A supervisor has died, and what was asked of it is not known any more.
+    died: bool,
+    /// Hooks that run, and when they would end by themselves.
+    hooks: BTreeMap<InstanceId, HookKind>,
+    /// Apps whose next start needs their `pre_start` before it.
+    unprepared: BTreeSet<AppName>,
+    /// What hooks of an app do from now on; else they end well after a moment.
+    pub(crate) hook_like: Option<(Duration, HookEnd)>,
+    /// Every hook that was run, and how it ended.
+    pub(crate) hooks_run: Vec<String>,
     last_op: Option<OpId>,
 }
 
@@ -208,6 +236,11 @@ impl World {
             rotation: BTreeSet::new(),
             news: Vec::new(),
             stuck: 0,
+            died: false,
+            hooks: BTreeMap::new(),
+            unprepared: BTreeSet::new(),
+            hook_like: None,
+            hooks_run: Vec::new(),
             last_op: None,
         }
     }
@@ -268,6 +301,42 @@ impl World {
             let id = id.clone();
             self.happen(Happening::Exits(id, reason.clone()));
         }
+    }
+
+    /// The live instance of a slot fails its health check from now on.
+    pub(crate) fn sicken(&mut self, app: &str, slot: u32) {
+        let now = self.now;
+        self.each_in_slot(app, slot, |proc| proc.behaviour.sick_after = Some(now.since(proc.born)));
+    }
+
+    /// It does not any more.
+    pub(crate) fn cure(&mut self, app: &str, slot: u32) {
+        self.each_in_slot(app, slot, |proc| proc.behaviour.sick_after = None);
+    }
+
+    fn each_in_slot(&mut self, app: &str, slot: u32, change: impl Fn(&mut Proc)) {
+        let of_slot = |id: &InstanceId| id.app == name(app) && id.slot == Slot(slot);
+        self.procs
+            .iter_mut()
+            .filter(|(id, proc)| of_slot(id) && proc.alive())
+            .for_each(|(_, proc)| change(proc));
+    }
+
+    fn rows(&self, app: &str) -> Vec<SlotView> {
+        let view = self.fleet.as_ref().and_then(|fleet| fleet.app(&name(app)));
+        view.map(|view| view.slots).unwrap_or_default()
+    }
+
+    pub(crate) fn healths(&self, app: &str) -> Vec<Option<Health>> {
+        self.rows(app).iter().map(|row| row.current.as_ref().and_then(|run| run.health)).collect()
+    }
+
+    pub(crate) fn restarts(&self, app: &str) -> Vec<u32> {
+        self.rows(app).iter().map(|row| row.restarts).collect()
+    }
+
+    pub(crate) fn last_exit(&self, app: &str, slot: usize) -> Option<ExitReason> {
+        self.rows(app).get(slot).and_then(|row| row.last_exit.clone())
     }
 
     /// This run ends like this.
@@ -333,6 +402,9 @@ impl World {
             AppOutcome::Already { what } => format!("already {what}"),
             AppOutcome::Failed { id, reason, replaced, kept } => {
                 format!("failed: {} {reason}, {} replaced, {} kept", id.slot, replaced.len(), kept.len())
+            }
+            AppOutcome::HookFailed { hook, why, done, .. } => {
+                format!("{}hook {hook} failed: {why}", done.map_or(String::new(), |done| format!("{done}, ")))
             }
             AppOutcome::Superseded { by } => format!("superseded by {by}"),
             AppOutcome::Waiting { on, why } => format!("waiting for {on}, which {why}"),
@@ -416,6 +488,8 @@ impl World {
                 }
                 self.hear(Event::TreeGone { id });
             }
+            Happening::HookEnds(id, kind, end) => self.hook_ends(id, kind, end),
+            Happening::Asked(id, role, order) => self.answers(&id, role, order),
             Happening::Hears(event) => {
                 if let Event::Settled { id } = &event
                     && let Some(proc) = self.procs.get_mut(id)
@@ -524,6 +598,7 @@ impl World {
         if self.fleet.take().is_none() {
             return;
         }
+        self.died = true;
         self.note("--- the supervisor dies");
         // What was on its way to the keeper arrives; what only the supervisor would have heard is gone. A save in
         // flight may be on disk or not.
@@ -536,15 +611,21 @@ impl World {
                         self.disk = state;
                     }
                 }
-                Happening::Hears(_) | Happening::HearsAgain(_) | Happening::TreeGoes(_) => {}
+                Happening::Hears(_)
+                | Happening::HearsAgain(_)
+                | Happening::TreeGoes(_)
+                | Happening::HookEnds(..)
+                | Happening::Asked(..) => {}
                 Happening::Says(..) | Happening::Exits(..) | Happening::SupervisorStarts => {
                     self.agenda.insert(key, happening);
                 }
             }
         }
+        // The next one ends what is left of them before it does anything else.
+        self.hooks.clear();
         for proc in self.procs.values_mut() {
             (proc.put_in, proc.exit_told, proc.settles_at) = (false, false, None);
-            proc.drain_until = None;
+            (proc.drain_until, proc.asked) = (None, None);
         }
         self.procs.retain(|_, proc| proc.pid.is_some());
         self.open.clear();
@@ -554,10 +635,13 @@ impl World {
 
     /// The machine loses power: only the disk survives.
     pub(crate) fn reboot(&mut self) {
+        self.died = true;
         self.note("--- reboot");
         self.fleet = None;
         self.procs.clear();
         self.agenda.clear();
+        self.hooks.clear();
+        self.unprepared = self.disk.apps.iter().map(|app| app.spec.name.clone()).collect();
         self.memo = None;
         self.open.clear();
         self.spawned.clear();
@@ -645,6 +729,9 @@ impl World {
         let events = self.sabotage.event(event);
         for event in events {
             self.turn_of(event);
+        }
+        for id in std::mem::take(&mut self.sabotage.skipped) {
+            self.later(millis(0), Happening::Hears(Event::HookEnded { id, end: HookEnd::Succeeded }));
         }
     }
 
@@ -897,6 +984,26 @@ impl World {
                     proc.behaviour.kill_listeners.map(|count| (millis(1), Event::KillListeners { id, count }))
                 });
             }
+            Action::Probe { id, role, delay } => {
+                self.seq += 1;
+                let order = self.seq;
+                if let Some(proc) = self.procs.get_mut(&id) {
+                    (proc.asked, proc.known_well) = (Some((role, order)), false);
+                    self.later(delay, Happening::Asked(id, role, order));
+                }
+            }
+            Action::RunHook { id, kind, spec, .. } => self.run_hook(id, kind, &spec),
+            Action::KillHook { id } => {
+                if let Some(kind) = self.hooks.get(&id) {
+                    let kind = *kind;
+                    self.later(millis(2), Happening::HookEnds(id, kind, None));
+                }
+            }
+            Action::StopProbing { id } => {
+                if let Some(proc) = self.procs.get_mut(&id) {
+                    proc.asked = None;
+                }
+            }
             Action::Disconnect { id } => self.order(id, |proc, _, id| {
                 proc.behaviour.disconnects_after.map(|span| (span, Event::ChannelClosed { id }))
             }),
@@ -931,6 +1038,71 @@ impl World {
                 }
             }
         }
+    }
+
+    fn run_hook(&mut self, id: InstanceId, kind: HookKind, spec: &AppSpec) {
+        if self.hooks.keys().any(|other| other.app == id.app) {
+            return broken!(self, "{} runs two hooks at once", id.app);
+        }
+        if spec.hooks == Hooks::default() || !id.slot.is_hook() {
+            return broken!(self, "{} has no such hook", id.app);
+        }
+        self.hooks.insert(id.clone(), kind);
+        let (span, end) = match &self.hook_like {
+            Some((span, end)) => (*span, end.clone()),
+            None if self.unkind.moody => {
+                let fails = self.rng.chance(20);
+                let end =
+                    if fails { HookEnd::Failed(String::from("exit code 1")) } else { HookEnd::Succeeded };
+                (millis(self.rng.below(6000)), end)
+            }
+            None => (millis(20), HookEnd::Succeeded),
+        };
+        self.later(span, Happening::HookEnds(id, kind, Some(end)));
+    }
+
+    fn hook_ends(&mut self, id: InstanceId, kind: HookKind, end: Option<HookEnd>) {
+        if self.hooks.remove(&id).is_none() {
+            return;
+        }
+        if self.verbose {
+            self.hooks_run
+                .push(format!("{kind}{}", if end == Some(HookEnd::Succeeded) { "" } else { " failed" }));
+        }
+        if kind == HookKind::PreStart && end == Some(HookEnd::Succeeded) {
+            self.unprepared.remove(&id.app);
+        }
+        let end = end.unwrap_or(HookEnd::Failed(String::from("SIGKILL")));
+        self.hear(Event::HookEnded { id, end });
+    }
+
+    /// A probe, unless it was taken back.
+    fn answers(&mut self, id: &InstanceId, role: ProbeRole, order: u64) {
+        let now = self.now;
+        let Some(proc) = self.procs.get_mut(id).filter(|proc| proc.asked == Some((role, order))) else {
+            return;
+        };
+        if proc.exit_told || (proc.ladder && !proc.believed && proc.exited.is_none() && !proc.signal_lost) {
+            return broken!(self, "{id} is asked how it is although it is on its way out");
+        }
+        let (well, probe) = match role {
+            ProbeRole::Ready => {
+                let ready = proc.behaviour.ready_after.is_some_and(|after| proc.born + after <= now);
+                (ready, proc.spec.ready.probe.clone())
+            }
+            ProbeRole::Health => (!proc.is_sick(now, Duration::ZERO), proc.spec.health.clone()),
+        };
+        let well = well && proc.alive();
+        let known_well = std::mem::replace(&mut proc.known_well, well && role == ProbeRole::Health);
+        proc.passed |= well && role == ProbeRole::Ready;
+        let Some(probe) = probe else { return broken!(self, "{id} is asked for what it has no probe for") };
+        let result = if well { ProbeResult::Passed } else { ProbeResult::Failed };
+        self.later(probe.interval, Happening::Asked(id.clone(), role, order));
+        // As the daemon does: a success after a success is no news.
+        if well && role == ProbeRole::Health && known_well {
+            return;
+        }
+        self.hear(Event::Probed { id: id.clone(), role, result });
     }
 
     fn signal(&mut self, id: InstanceId) {
@@ -1014,6 +1186,12 @@ impl World {
         if self.down.contains(&(id.app.clone(), id.slot)) {
             return broken!(self, "{id} is started, which somebody was told is down");
         }
+        let wants = |app: &SavedApp| app.spec.name == id.app && app.spec.hooks.pre_start.is_some();
+        let hooked = self.fleet.as_ref().is_some_and(|fleet| fleet.saved().apps.iter().any(wants));
+        if self.unprepared.contains(&id.app) && hooked {
+            return broken!(self, "{id} is started without its pre_start hook");
+        }
+        self.unprepared.remove(&id.app);
         if !self.spawned.insert(id.clone()) {
             return broken!(self, "{id} runs twice");
         }
@@ -1049,6 +1227,9 @@ impl World {
                 signal_lost: false,
                 believed: false,
                 ladder: false,
+                asked: None,
+                passed: false,
+                known_well: false,
             },
         );
         self.check_surge(&id.app);
@@ -1074,6 +1255,15 @@ impl World {
                 };
                 match *what {
                     "stopped" | "deleted" => {
+                        if let Some(kind) =
+                            self.hooks.iter().find(|(id, _)| id.app == *app).map(|(_, kind)| *kind)
+                            && (*what == "deleted" || kind == HookKind::PostStop)
+                        {
+                            return broken!(self, "{app} is said to be {what}, but its {kind} runs");
+                        }
+                        if selection(&command, app).is_none() && is_end(&command) {
+                            self.unprepared.insert(app.clone());
+                        }
                         let alone = !self.open.values().any(|(_, command)| concerns(command, app));
                         if alone && is_end(&command) {
                             let slots = (0..8).map(Slot);
@@ -1141,6 +1331,7 @@ impl World {
             return;
         }
         let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return };
+        self.check_health_cap(id, &view);
         if view.operation != Some("reload") || !view.spec.can_overlap() {
             return;
         }
@@ -1170,6 +1361,35 @@ impl World {
         {
             let count = others.len();
             broken!(self, "{id} is taken down and only {count} serve, {least} are promised");
+        }
+    }
+
+    /// Nobody is ended for being unhealthy when no other instance is known to be well.
+    fn check_health_cap(&mut self, id: &InstanceId, view: &AppView) {
+        let Some(probe) = &view.spec.health else { return };
+        let saved = self.fleet.as_ref().map(Fleet::saved).unwrap_or_default();
+        let wanted = saved.apps.iter().find(|app| app.spec.name == id.app);
+        let meant: Vec<bool> = wanted.map_or_else(Vec::new, |app| {
+            app.slots.iter().map(|slot| slot.desired == Desired::Running).collect()
+        });
+        let asked = self.open.values().any(|(_, command)| concerns(command, &id.app)) || self.died;
+        let running = meant.iter().filter(|running| **running).count();
+        if asked
+            || !self.is_online_before(id)
+            || running < 2
+            || !meant.get(id.slot.0 as usize).is_some_and(|running| *running)
+        {
+            return;
+        }
+        // What a probe has said may be as old as this.
+        let slack = probe.interval * 2 + millis(self.unkind.save_delay) + secs(1);
+        let now = self.now;
+        let sick = self.procs.get(id).is_some_and(|proc| proc.is_sick(now, Duration::ZERO));
+        let others = self.procs.iter().any(|(other, proc)| {
+            other.app == id.app && other != id && proc.serves() && !proc.is_sick(now, slack)
+        });
+        if sick && !others {
+            broken!(self, "{id} is ended for being unhealthy, and no other is well");
         }
     }
 

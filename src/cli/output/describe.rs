@@ -12,7 +12,7 @@ use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
 use crate::model::figures::{NodeFigures, Spread};
-use crate::model::spec::{AppSpec, ExecMode, KillMode, Runtime, StopMethod};
+use crate::model::spec::{AppSpec, Check, ExecMode, KillMode, Runtime, StopMethod};
 
 /// Prints one instance.
 ///
@@ -107,8 +107,8 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
         (
             "status",
             match &row.note {
-                Some(note) => format!("{} ({note})", row.status),
-                None => row.status.to_string(),
+                Some(note) => format!("{} ({note})", words::status(row)),
+                None => words::status(row),
             },
         ),
         ("name", row.app.to_string()),
@@ -132,6 +132,18 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
     ];
     if !row.listen.is_empty() {
         lines.push(("listens on", row.listen.join("\n")));
+    }
+    if let Some(health) = &detail.health {
+        lines.push(("health", health.clone()));
+    }
+    if let Some(probe) = &detail.probe {
+        let times = match (probe.in_a_row, probe.ok) {
+            (1, _) => String::new(),
+            (times, true) => format!(", {times} good answers in a row"),
+            (times, false) => format!(", {times} bad answers in a row"),
+        };
+        let (ago, took) = (words::millis(probe.ago_ms), words::millis(probe.took_ms));
+        lines.push(("last probe", format!("{} ({}, {ago} ago, took {took}{times})", probe.text, probe.role)));
     }
     lines
 }
@@ -191,7 +203,16 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         ("instances", spec.instances.to_string()),
         (
             "ready",
-            if spec.ready.wait_ready { "when the app says so" } else { "when it runs or listens" }.to_owned(),
+            match &spec.ready.probe {
+                _ if spec.ready.wait_ready => "when the app says so".to_owned(),
+                Some(probe) => format!(
+                    "when {} passes {}, asked every {}",
+                    check(&probe.check),
+                    words::count(probe.threshold as usize, "time"),
+                    time(probe.interval)
+                ),
+                None => "when it runs or listens".to_owned(),
+            },
         ),
         ("listen timeout", time(spec.ready.listen_timeout)),
         (
@@ -239,6 +260,26 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         let codes: Vec<String> = spec.restart.stop_exit_codes.iter().map(i32::to_string).collect();
         lines.push(("stop exit codes", codes.join(", ")));
     }
+    if let Some(probe) = &spec.health {
+        let text = format!(
+            "{} every {}, replaced after {}",
+            check(&probe.check),
+            time(probe.interval),
+            words::count(probe.threshold as usize, "failure")
+        );
+        lines.push(("health check", text));
+    }
+    let hooks = &spec.hooks;
+    for (name, hook) in [
+        ("pre_start", &hooks.pre_start),
+        ("pre_reload", &hooks.pre_reload),
+        ("post_stop", &hooks.post_stop),
+        ("on_errored", &hooks.on_errored),
+    ] {
+        if let Some(hook) = hook {
+            lines.push((name, format!("{} (within {})", shown_args(&hook.argv), time(hook.timeout))));
+        }
+    }
     for listen in &spec.listen {
         lines.push(("inherits", format!("{} as {}", listen.address, listen.name)));
     }
@@ -246,6 +287,15 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         lines.push(("env file", file.display().to_string()));
     }
     lines
+}
+
+fn check(check: &Check) -> String {
+    match check {
+        Check::Http(address) => format!("GET {address}"),
+        Check::Tcp(address) => format!("tcp {address}"),
+        Check::Exec(argv) => format!("exec {}", shown_args(argv)),
+        Check::Log(pattern) => format!("log /{pattern}/"),
+    }
 }
 
 /// Arguments as a shell would need them.

@@ -135,6 +135,15 @@ impl Progress {
     /// # Errors
     /// A stream's.
     pub fn step(&mut self, step: &StepView, now: Instant, terminal: &mut Terminal) -> io::Result<()> {
+        if let StepKind::Hook { hook } = step.step {
+            let line = format!("{}: runs its hook {hook}", step.app);
+            return match &self.show {
+                Show::Nothing => Ok(()),
+                Show::Json => json_line(&JsonLine::Step(step), terminal),
+                Show::Live(live) => live.lines.suspend(|| terminal.say(&line)),
+                Show::Lines => terminal.say(&line),
+            };
+        }
         let key = (step.app.clone(), step.slot);
         let story = self
             .slots
@@ -260,6 +269,7 @@ impl Story {
                 run.gone = Some(Gone { after_ms: *after_ms, killed: *killed, reason: reason.clone() });
             }
             StepKind::Failed { reason } => run.failed = Some(reason.clone()),
+            StepKind::Hook { .. } => {}
         }
     }
 
@@ -280,6 +290,7 @@ impl Story {
                 format!("{whose}{}", gone.words(drained))
             }
             StepKind::Failed { reason } => format!("failed: {reason}"),
+            StepKind::Hook { hook } => format!("hook {hook}"),
         }
     }
 

@@ -137,7 +137,7 @@ impl Column {
             Self::Pid => or_dash(row.pid.map(|pid| pid.to_string())),
             Self::Uptime => or_dash(row.uptime_ms.map(words::uptime)),
             Self::Restarts => row.restarts.to_string(),
-            Self::Status => row.status.to_string(),
+            Self::Status => words::status(row),
             Self::Cpu => or_dash(row.cpu.map(words::percent)),
             Self::Memory => or_dash(row.memory.map(words::bytes)),
             Self::Heap => or_dash(figures.map(|node| words::bytes(node.heap_used))),
@@ -155,7 +155,7 @@ impl Column {
     fn cell(self, row: &Row, color: bool) -> Cell {
         let cell = Cell::new(self.text(row));
         if color && self == Self::Status {
-            return cell.fg(status_color(row.status));
+            return cell.fg(if row.unhealthy { Color::Red } else { status_color(row.status) });
         }
         if color && matches!(self, Self::Id | Self::Name) {
             return cell.fg(Color::Cyan);

@@ -5,6 +5,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
+use crate::ipc::protocol::Row;
+
 /// A time span as tables show it: `0s`, `59s`, `3m`, `2h`, `4D`; PM2's spelling.
 #[must_use]
 pub fn uptime(millis: u64) -> String {
@@ -107,6 +109,12 @@ pub fn percent(share: f64) -> String {
 #[must_use]
 pub fn count(number: usize, one: &str) -> String {
     if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
+/// A row's status: PM2's word, or what is worse.
+#[must_use]
+pub fn status(row: &Row) -> String {
+    if row.unhealthy { "unhealthy".to_owned() } else { row.status.to_string() }
 }
 
 /// A point in time, given as milliseconds since 1970, in this time zone.

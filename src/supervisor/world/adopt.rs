@@ -69,6 +69,10 @@ impl World {
                 }
                 continue;
             };
+            if tag.id.slot.is_hook() {
+                self.end_left_hook(child, &tag);
+                continue;
+            }
             let newest = saved.apps.iter().find(|app| app.spec.name == tag.id.app);
             let spec = specs.get(&(tag.id.app.clone(), tag.revision)).or_else(|| newest.map(|app| &app.spec));
             let Some(spec) = spec else {

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use super::super::launch::{self, Descriptors, Launch, Role};
 use super::super::ready;
 use super::super::tag::{Held, Nonce, Tag};
-use super::{End, Run, World};
+use super::probes::log_watch;
+use super::{End, Run, World, hooks};
 use crate::dispatch::{ChannelKind, Command, Greeting, NewInstance};
 use crate::keeper::link::{LinkError, SpawnRequest};
 use crate::keeper::wire;
@@ -106,7 +107,10 @@ impl World {
             notify: notify.as_ref().map(|socket| OsStr::new(&socket.name)),
             agent: &self.agent,
         };
-        let launch = launch::launch(spec, shell, &role).map_err(|error| NotStarted::missing(&error))?;
+        let mut launch = launch::launch(spec, shell, &role).map_err(|error| NotStarted::missing(&error))?;
+        if id.slot.is_hook() {
+            launch.env.retain(|(name, _)| !hooks::names_an_instance(name, spec));
+        }
         let env = launch.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         self.open_listeners(spec, id.slot)?;
         let mut ends = self.ends(spec, id.slot)?;
@@ -235,6 +239,8 @@ impl World {
             out: pipe(parts.out, &paths.out),
             err: pipe(parts.err, &paths.err),
             stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
+            mark: hooks::mark(id, &spec),
+            watch: log_watch(&spec),
         };
         let attached =
             if parts.adopted.is_some() { self.logs.adopt(attachment) } else { self.logs.attach(attachment) };
