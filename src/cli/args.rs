@@ -81,7 +81,7 @@ pub enum Command {
     Restart(ActFile),
     /// Replace instances one by one, without losing a request
     #[command(aliases = ["startOrReload", "startOrGracefulReload"], arg_required_else_help = true)]
-    Reload(ActFile),
+    Reload(Reload),
     /// Make apps what a config file says: shows what changes, then changes that and nothing else
     Apply(Apply),
     /// Stop apps and forget them
@@ -329,6 +329,17 @@ pub struct Apply {
     /// Whether to wait.
     #[command(flatten)]
     pub waiting: Waiting,
+}
+
+/// `reload`.
+#[derive(Debug, Args)]
+pub struct Reload {
+    /// What, and from which file.
+    #[command(flatten)]
+    pub act: ActFile,
+    /// Print what would happen to which instance in which order, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `list`.

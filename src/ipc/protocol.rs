@@ -108,6 +108,15 @@ pub enum Request {
         /// Take `shell` also for apps that exist.
         update_env: bool,
     },
+    /// What a reload would do; nothing is changed. Answers `Plan`.
+    PlanReload {
+        /// As in `Act`.
+        targets: Vec<String>,
+        /// As in `Act`.
+        specs: Vec<AppSpec>,
+        /// The caller's environment, for apps that are new.
+        shell: BTreeMap<String, String>,
+    },
     /// Change the number of instances. Answers `Operation`.
     Scale {
         /// One app.
@@ -230,6 +239,8 @@ pub enum Answer {
         /// The variables that differ; empty where nothing runs.
         changes: Vec<KeyChange>,
     },
+    /// To `PlanReload`: one per app, in the order asked.
+    ReloadPlan(Vec<ReloadPlanView>),
     /// To `Env`.
     Env(BTreeMap<String, String>),
     /// To `Save`.
@@ -284,11 +295,25 @@ pub enum StepKind {
         /// Its main process.
         pid: u32,
     },
-    /// Is ready.
+    /// Is ready, and in rotation.
     Ready {
-        /// Milliseconds since the spawn.
+        /// Milliseconds from the spawn until it was ready.
         after_ms: u64,
+        /// Nothing but having lived for that long says so.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        lived: bool,
     },
+    /// Is ready, and has to live on for a while before it gets connections.
+    Soaking {
+        /// Milliseconds from the spawn until it was ready.
+        after_ms: u64,
+        /// Milliseconds that it has to live on.
+        span_ms: u64,
+    },
+    /// Was replaced: gets no new connections, and stays in case the reload fails.
+    Reserved,
+    /// The reload has failed: gets connections again.
+    Restored,
     /// Gets no new connections.
     Draining,
     /// Has the kill signal.
@@ -315,6 +340,60 @@ pub enum StepKind {
         /// Which.
         hook: HookKind,
     },
+}
+
+/// What a reload would do to one app.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadPlanView {
+    /// Which app.
+    pub app: AppName,
+    /// "reload" or "start"; "wait" for what is going on; "refuse" because of it.
+    pub action: String,
+    /// What is going on, where that matters.
+    pub going_on: Option<String>,
+    /// Why an instance could not be started now.
+    pub fault: Option<String>,
+    /// Whether its spec would change.
+    pub changed: bool,
+    /// "rolling", "blue-green" or "in-place".
+    pub strategy: String,
+    /// The slots in the order of their turn.
+    pub slots: Vec<PlannedSlotView>,
+    /// Slots that would be given up at the end.
+    pub given_up: Vec<PlannedSlotView>,
+    /// How many slots are replaced at the same time.
+    pub at_once: u32,
+    /// How many instances may be missing meanwhile.
+    pub max_unavailable: u32,
+    /// The most that launch or serve at the same time.
+    pub most: u32,
+    /// Replaced ones stay alive until the last slot is ready, beyond that.
+    pub reserve: bool,
+    /// How many replaced ones may be there at the same time.
+    pub max_draining: u32,
+    /// What is waited for, in words: "it says that it is ready, within 30s".
+    pub ready: String,
+    /// How long a new one has to live on before it gets connections.
+    pub min_healthy_ms: u64,
+    /// "rollback" or "abort".
+    pub on_failure: String,
+    /// Whether requests may go unanswered meanwhile.
+    pub downtime: bool,
+}
+
+/// A slot of a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedSlotView {
+    /// Its place.
+    pub slot: Slot,
+    /// Its number for people, once it has one.
+    pub pm_id: Option<PmId>,
+    /// The main process that runs there now.
+    pub pid: Option<u32>,
+    /// The generation that runs there now.
+    pub generation: Option<Generation>,
+    /// The generation that would follow.
+    pub next: Option<Generation>,
 }
 
 /// How an operation ended.
@@ -355,8 +434,11 @@ pub struct Failure {
     pub last_lines: Vec<String>,
     /// Slots that run the new release.
     pub replaced: Vec<Slot>,
-    /// Slots that still run the old one.
+    /// Slots that still run the old one, or do again.
     pub kept: Vec<Slot>,
+    /// Slots that ran the new release and run the old one again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restored: Vec<Slot>,
 }
 
 /// What `Apply` does, or would do.
@@ -570,4 +652,7 @@ pub struct DrainingView {
     pub pid: Option<u32>,
     /// Milliseconds until SIGKILL.
     pub kill_in_ms: Option<u64>,
+    /// "reserve", "draining", "stopping", "launching", "soaking".
+    #[serde(default)]
+    pub state: String,
 }

@@ -3,6 +3,7 @@
 //! Desired state survives a reboot. Actual state is only valid in the same boot: its moments count from boot and its
 //! pids are checked against the keeper's inventory before anything is believed.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,9 @@ pub struct Memo {
     /// Hooks that have to run before or after anything else of their app.
     #[serde(default)]
     pub hooks: Vec<HookMemo>,
+    /// One per reload that is going on.
+    #[serde(default)]
+    pub reloads: Vec<ReloadMemo>,
 }
 
 /// Which of an app's hooks.
@@ -211,6 +215,52 @@ pub struct InstanceMemo {
     /// How many probes in a row have passed and failed.
     #[serde(default)]
     pub probes: (u32, u32),
+    /// Replaced and out of rotation, but kept in case the reload fails.
+    #[serde(default)]
+    pub reserve: bool,
+    /// The files it was started from.
+    #[serde(default)]
+    pub from: Option<Arc<StartedFrom>>,
+}
+
+/// The files a run was started from, every symlink resolved: what a failed reload goes back to when the old instance is
+/// gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedFrom {
+    /// Its working directory.
+    pub cwd: PathBuf,
+    /// Its script or binary, where it is one file.
+    pub script: Option<StartedFile>,
+}
+
+/// A file as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The device it is on.
+    pub device: u64,
+    /// Its inode there.
+    pub inode: u64,
+    /// Bytes.
+    pub size: u64,
+    /// When it was written, nanoseconds since 1970.
+    pub modified: i64,
+}
+
+/// What is remembered of a reload beyond the runs it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadMemo {
+    /// Whose.
+    pub app: AppName,
+    /// The release it brings about.
+    pub revision: u64,
+    /// It has failed, and is being undone.
+    pub failure: Option<(InstanceId, ExitReason)>,
+    /// Slots that were replaced and are not any more.
+    pub restored: Vec<Slot>,
+    /// Files of instances that are gone.
+    pub from: Vec<(Slot, Arc<StartedFrom>)>,
 }
 
 /// A process that the keeper reports to a new supervisor.

@@ -17,7 +17,7 @@ use super::admit::{Ask, Kind};
 use super::batch::{RequestKey, Requests};
 use super::depends::{Graph, Standing};
 use super::hooks::HookRuns;
-use super::instance::{Phase, Run, START_SETTLE};
+use super::instance::{Phase, ReadySource, Run, START_SETTLE, Wait, ready_source};
 use super::ledger::{After, Ledger, Serial};
 use super::news::{News, Subject, What};
 use super::operation::{Operation, Stage};
@@ -219,25 +219,73 @@ impl App {
     pub(super) fn note_ready(&mut self, shared: &mut Shared) {
         let now = shared.now;
         let mut ready = Vec::new();
+        let mut unready = Vec::new();
         for (slot, state) in &self.slots {
-            for run in &state.runs {
+            for run in state.runs.iter().filter(|run| matches!(run.phase, Phase::Launching { .. })) {
                 if run.is_ready_by_itself(now) && self.covers_keys_of_old(*slot, state, run) {
                     ready.push(run.id.clone());
+                } else {
+                    unready.push(run.id.clone());
                 }
             }
         }
+        for id in unready {
+            if let Some(run) = self.run_mut(&id) {
+                run.unready();
+            }
+        }
+        // Those that are to replace others wait for `min_healthy`, and in a blue-green reload for each other.
+        ready.retain(|id| self.has_soaked(id, now));
+        if self.switches_at_once() && !self.all_stand_by(&ready, shared) {
+            ready.retain(|id| !self.is_candidate_id(id));
+        }
         for id in ready {
+            let proves = self.proves_in_rotation(&id);
             let Some(run) = self.run_mut(&id) else { continue };
+            let after = run.ready_after(now);
             run.put_in(now);
-            let (pm_id, after) = (run.pm_id, now.since(run.since));
+            run.proves_until = proves.map(|span| now + span);
+            let pm_id = run.pm_id;
+            let lived = ready_source(&run.spec) == ReadySource::Lives;
             shared.actions.extend(run.ask_for_health(now));
             if run.spec.has_rotation() {
                 shared.actions.push(Action::PutIn { id: id.clone() });
             }
-            self.step(&id, pm_id, StepKind::Ready { after });
+            self.step(&id, pm_id, StepKind::Ready { after, lived });
             self.happened(&id, pm_id, What::InRotation);
             self.became_ready(&id);
         }
+    }
+
+    /// Whether a run that is ready may come into rotation as far as `min_healthy` goes.
+    fn has_soaked(&mut self, id: &InstanceId, now: Moment) -> bool {
+        if !self.is_candidate_id(id) {
+            return true;
+        }
+        let Some(run) = self.run_mut(id) else { return false };
+        // Where nothing serves beside it there is nothing to wait for out of rotation.
+        let beside = run.spec.can_overlap();
+        let span = if beside { run.spec.reload.min_healthy } else { Duration::ZERO };
+        let (done, fresh) = run.soak(now, span);
+        let pm_id = run.pm_id;
+        if let Some(after) = fresh
+            && !span.is_zero()
+        {
+            self.step(id, pm_id, StepKind::Soaking { after, span });
+        }
+        done
+    }
+
+    /// How long a run that comes into rotation holds up the next slot.
+    fn proves_in_rotation(&self, id: &InstanceId) -> Option<Duration> {
+        let run = self.slots.get(&id.slot)?.runs.iter().find(|run| run.id == *id)?;
+        let span = run.spec.reload.min_healthy;
+        (self.is_candidate(id.slot, run) && !run.spec.can_overlap() && !span.is_zero()).then_some(span)
+    }
+
+    pub(super) fn is_candidate_id(&self, id: &InstanceId) -> bool {
+        let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
+        run.is_some_and(|run| self.is_candidate(id.slot, run))
     }
 
     /// A new worker takes over only when it listens wherever the old one serves, unless the release changes that.
@@ -280,7 +328,10 @@ impl App {
                     }
                 }
                 Some(Desired::Running) if shared.ending => self.take_down(slot, shared),
-                Some(Desired::Running) => self.start_if_due(slot, shared),
+                Some(Desired::Running) => {
+                    self.settle_reserve(slot, shared);
+                    self.start_if_due(slot, shared);
+                }
             }
         }
     }
@@ -293,11 +344,55 @@ impl App {
         });
     }
 
+    /// Reserve is for reloads: where none goes on any more, it goes, or serves where nothing else does.
+    fn settle_reserve(&mut self, slot: Slot, shared: &mut Shared) {
+        let reloads = self.operation.as_ref().is_some_and(|operation| operation.kind == Kind::Reload);
+        let Some(state) = self.slots.get(&slot).filter(|state| !reloads && state.has_reserve()) else {
+            return;
+        };
+        if state.has_live() {
+            self.stop_runs(slot, IdleConnections::Wait, shared, Run::is_reserve);
+        } else {
+            self.put_back(slot, shared);
+        }
+    }
+
+    /// Puts the run that is in reserve back into rotation. Says whether there was one.
+    pub(super) fn put_back(&mut self, slot: Slot, shared: &mut Shared) -> bool {
+        let Some(state) = self.slots.get_mut(&slot) else { return false };
+        let Some(run) = state.runs.iter_mut().rev().find(|run| run.is_reserve()) else { return false };
+        run.phase = Phase::Ready;
+        let (id, pm_id) = (run.id.clone(), run.pm_id);
+        shared.actions.extend(run.ask_for_health(shared.now));
+        if run.spec.has_rotation() {
+            shared.actions.push(Action::PutIn { id: id.clone() });
+        }
+        self.step(&id, pm_id, StepKind::Restored);
+        self.happened(&id, pm_id, What::InRotation);
+        true
+    }
+
+    /// Takes the run that is being replaced out of rotation, and keeps it.
+    pub(super) fn keep(&mut self, slot: Slot, shared: &mut Shared, which: impl Fn(&Run) -> bool) {
+        let Some(state) = self.slots.get_mut(&slot) else { return };
+        let Some(run) = state.runs.iter_mut().rev().find(|run| run.is_ready() && which(run)) else { return };
+        shared.actions.extend(run.ask_no_more());
+        run.phase = Phase::Reserve;
+        let (id, pm_id) = (run.id.clone(), run.pm_id);
+        if run.spec.has_rotation() {
+            shared.actions.push(Action::TakeOut { id: id.clone() });
+        }
+        self.step(&id, pm_id, StepKind::Reserved);
+        self.happened(&id, pm_id, What::OutOfRotation);
+        // Where a supervisor without memory has found several, the others have no business here.
+        self.stop_runs(slot, IdleConnections::Wait, shared, |run| run.is_live() && which(run));
+    }
+
     fn start_if_due(&mut self, slot: Slot, shared: &mut Shared) {
         // A stop wins from the moment it is asked for, also while its save is under way.
         if let Some(operation) = &self.operation
             && matches!(operation.kind, Kind::Stop | Kind::Delete)
-            && (operation.stage == Stage::Saving || operation.covers(slot))
+            && (!operation.stage.acts() || operation.covers(slot))
         {
             return;
         }
@@ -317,7 +412,7 @@ impl App {
         }
         // It was stopped, and is not meant to be any more, although what was to start it has been superseded.
         if state.rest == Rest::Stopped && state.ended.is_none() {
-            state.rest = Rest::Due;
+            (state.gated, state.rest) = (state.is_at_rest(), Rest::Due);
         }
         match state.rest {
             Rest::Due => {}
@@ -332,7 +427,7 @@ impl App {
         let revision = match &self.operation {
             Some(operation)
                 if operation.kind == Kind::Reload
-                    && !matches!(operation.stage, Stage::Preparing | Stage::Saving)
+                    && operation.stage.acts()
                     && operation.covers(slot)
                     && wanted.before != 0
                     && !operation.replaced.contains(&slot) =>
@@ -396,7 +491,10 @@ impl App {
         let Some(run) = self.run_mut(id) else { return };
         run.launch(now);
         let (pm_id, spec, revision) = (run.pm_id, Arc::clone(&run.spec), run.revision);
-        shared.actions.push(Action::Spawn { id: id.clone(), pm_id, spec, revision });
+        shared.actions.push(match run.again.clone() {
+            Some(from) => Action::SpawnFrom { id: id.clone(), pm_id, spec, revision, from },
+            None => Action::Spawn { id: id.clone(), pm_id, spec, revision },
+        });
         self.step(id, pm_id, StepKind::Launching);
     }
 
@@ -423,7 +521,7 @@ impl App {
         let Some(state) = self.slots.get_mut(&slot) else { return };
         state.runs.retain(|run| !(matches!(run.phase, Phase::Queued) && which(run)));
         let mut all = Vec::new();
-        for run in state.runs.iter_mut().filter(|run| run.is_live() && which(run)) {
+        for run in state.runs.iter_mut().filter(|run| (run.is_live() || run.is_reserve()) && which(run)) {
             // Idle connections may wait only where somebody else takes what they send next.
             let others = serving - usize::from(run.is_ready());
             let idle = if others > 0 { idle } else { IdleConnections::Close };
@@ -467,6 +565,9 @@ impl App {
             }
             for run in &mut state.runs {
                 run.deadlines(visit);
+                if let Some(at) = &mut run.proves_until {
+                    visit(at);
+                }
             }
         }
     }
@@ -498,9 +599,10 @@ impl App {
             state.reserve_at.take_if(|at| *at <= now);
             state.relapses.pause_until.take_if(|at| *at <= now);
             for run in &mut state.runs {
+                run.proves_until.take_if(|at| *at <= now);
                 match &run.phase {
-                    // Who only has to live cannot be late.
-                    Phase::Launching { lives_at: None, fail_at, .. } if *fail_at <= now => {
+                    // Who only has to live cannot be late, and who is ready is not.
+                    Phase::Launching { lives_at: None, fail_at, wait: Wait::Not, .. } if *fail_at <= now => {
                         late.push(run.id.clone());
                     }
                     Phase::Stopping(ladder) if ladder.next_deadline().is_some_and(|at| at <= now) => {
@@ -510,6 +612,7 @@ impl App {
                     | Phase::Stopping(_)
                     | Phase::Queued
                     | Phase::Ready
+                    | Phase::Reserve
                     | Phase::Leaving { .. } => {}
                 }
             }

@@ -18,9 +18,10 @@ use super::instance::{Phase, Run};
 use super::ledger::{After, Pending};
 use super::operation::{Operation, Stage, Trigger, past_tense};
 use super::slot::{Rest, SlotState};
-use super::vocabulary::AppOutcome;
+use super::vocabulary::{Action, AppOutcome, CheckId};
 use super::wanted::{Change, slot_at};
 /// What an operation consists of.
+#[derive(Clone, Debug)]
 pub(super) struct Plan {
     kind: Kind,
     slots: Slots,
@@ -88,7 +89,17 @@ impl App {
         match verdict {
             Verdict::Go => self.begin_asked(clients, ask, shared),
             Verdict::Supersede => {
-                self.supersede(if matches!(ask, Ask::Delete) { "delete" } else { "stop" }, shared);
+                match &ask {
+                    Ask::Stop { slots } => self.supersede("stop", slots, shared),
+                    Ask::StartSpec { .. }
+                    | Ask::Resurrect { .. }
+                    | Ask::StartName { .. }
+                    | Ask::Restart { .. }
+                    | Ask::Reload { .. }
+                    | Ask::Delete
+                    | Ask::Adjust { .. }
+                    | Ask::Scale { .. } => self.supersede("delete", &None, shared),
+                }
                 self.begin_asked(clients, ask, shared);
             }
             Verdict::Join => self.join(clients, &ask, shared),
@@ -142,7 +153,7 @@ impl App {
             return self.settle(&clients, &AppOutcome::Superseded { by: "delete" }, shared);
         }
         match self.plan(ask, shared) {
-            Ok(plan) => self.begin_saving(clients, plan, Trigger::Asked, shared),
+            Ok(plan) => self.begin_planned(clients, plan, Trigger::Asked, shared),
             Err(outcome) => self.settle(&clients, &outcome, shared),
         }
     }
@@ -160,37 +171,90 @@ impl App {
         }
     }
 
-    pub(super) fn begin_saving(
+    /// Begins an operation, with a look at the files where that is needed.
+    pub(super) fn begin_planned(
         &mut self,
         clients: Vec<RequestKey>,
         plan: Plan,
         trigger: Trigger,
         shared: &mut Shared,
     ) {
+        match self.to_be_checked(&plan, shared) {
+            Some(spec) => self.begin_checking(clients, plan, trigger, spec, shared),
+            None => self.begin_saving(clients, plan, trigger, shared),
+        }
+    }
+
+    /// What is taken down before its successor runs is not taken down before it is known that one could run: the spec
+    /// to look at.
+    fn to_be_checked(&self, plan: &Plan, shared: &Shared) -> Option<Arc<AppSpec>> {
+        let present = shared.ledger.wanted.app(&self.name).map(|app| &app.spec)?;
+        let spec = plan.target.as_ref().unwrap_or(present);
+        let in_place = match plan.kind {
+            Kind::Restart => true,
+            Kind::Reload => !spec.can_overlap(),
+            Kind::Start | Kind::Scale | Kind::Stop | Kind::Delete => false,
+        };
+        let serves = self.slots.iter().any(|(slot, state)| {
+            plan.slots.as_ref().is_none_or(|slots| slots.contains(slot))
+                && state.runs.iter().any(Run::is_ready)
+        });
+        (in_place && serves).then(|| Arc::clone(spec))
+    }
+
+    fn begin_checking(
+        &mut self,
+        clients: Vec<RequestKey>,
+        plan: Plan,
+        trigger: Trigger,
+        spec: Arc<AppSpec>,
+        shared: &mut Shared,
+    ) {
         let serial = shared.new_serial();
+        let mut operation = Operation::new(serial, plan.kind, Stage::Checking);
+        operation.trigger = trigger;
+        (operation.clients, operation.target) = (clients, plan.target.clone());
+        operation.plan = Some(Box::new(plan));
+        self.operation = Some(operation);
+        let check = CheckId(serial.0);
+        shared.actions.push(Action::Preflight { app: self.name.clone(), check, spec });
+    }
+
+    /// Whether an instance could be started is known.
+    pub(super) fn checked(&mut self, check: CheckId, fault: Option<String>, shared: &mut Shared) {
+        let Some(operation) = self.operation.as_mut().filter(|operation| operation.serial.0 == check.0)
+        else {
+            return;
+        };
+        let Some(plan) = operation.plan.take() else { return };
+        match fault {
+            Some(why) => self.finish(AppOutcome::Unfit { why }, shared),
+            None => {
+                let (clients, trigger) = (std::mem::take(&mut operation.clients), operation.trigger);
+                self.begin_saving(clients, *plan, trigger, shared);
+            }
+        }
+    }
+
+    fn begin_saving(&mut self, clients: Vec<RequestKey>, plan: Plan, trigger: Trigger, shared: &mut Shared) {
         let Plan { kind, slots, target, change, what, regardless } = plan;
         if matches!(kind, Kind::Stop | Kind::Delete) {
             self.drop_queued(&slots);
         }
+        let serial = match &self.operation {
+            // What was looked at goes on.
+            Some(operation) if operation.stage == Stage::Checking => operation.serial,
+            Some(_) | None => shared.new_serial(),
+        };
         let after = After::Begin { app: self.name.clone(), serial };
         self.operation = Some(Operation {
-            serial,
-            kind,
-            stage: Stage::Saving,
             slots,
-            revision: 0,
             clients,
             target,
             what,
-            awaiting: BTreeSet::new(),
-            replaced: BTreeSet::new(),
-            failure: None,
-            unsaved: None,
             trigger,
-            prepared: None,
-            held_back: false,
             owes_post_stop: false,
-            hook_failure: None,
+            ..Operation::new(serial, kind, Stage::Saving)
         });
         self.save_or_prepare(Pending { change, after, regardless }, shared);
     }

@@ -154,6 +154,7 @@ fn well(outcome: &AppOutcome) -> bool {
         | AppOutcome::Waiting { .. }
         | AppOutcome::Skipped { .. }
         | AppOutcome::HookFailed { .. }
+        | AppOutcome::Unfit { .. }
         | AppOutcome::Superseded { .. }
         | AppOutcome::NotRemembered { .. }
         | AppOutcome::NotSaved { .. } => false,

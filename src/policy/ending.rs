@@ -38,7 +38,7 @@ impl Fleet {
         self.shared.requests.give_up_waiting_parts(&AppOutcome::Superseded { by }, &mut self.shared.actions);
         self.shared.doomed = true;
         for app in self.apps.values_mut() {
-            app.supersede(by, &mut self.shared);
+            app.supersede(by, &None, &mut self.shared);
         }
         let wanted = &self.shared.ledger.wanted;
         let names = wanted

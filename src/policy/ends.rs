@@ -32,7 +32,7 @@ impl App {
         let signal = run.spec.stop.signal;
         let ready = run.is_ready();
         let (by_itself, ladder, reason) = match &run.phase {
-            Phase::Launching { .. } | Phase::Ready => (true, None, reason.clone()),
+            Phase::Launching { .. } | Phase::Ready | Phase::Reserve => (true, None, reason.clone()),
             Phase::Stopping(ladder) if ladder.cause == Cause::NotReady => {
                 (true, Some(ladder.clone()), ExitReason::NotReady)
             }
@@ -46,13 +46,16 @@ impl App {
             shared.actions.push(Action::EndLeftovers { id: id.clone(), signal });
         }
         let uptime = run.uptime(now);
-        let pm_id = run.pm_id;
+        let (pm_id, reserve) = (run.pm_id, run.is_reserve());
         run.phase = Phase::Leaving { reason: reason.clone(), ladder };
         if ready {
             self.happened(id, pm_id, What::OutOfRotation);
         }
         self.happened(id, pm_id, What::Exited { reason: reason.clone(), by_itself, uptime });
-        if by_itself {
+        if reserve {
+            // Its slot has another run. When that has to go back, it starts a third one.
+            self.step(id, pm_id, StepKind::Failed { reason });
+        } else if by_itself {
             self.ended_by_itself(id, ready, uptime, &reason, None, shared);
         } else if let Some(state) = self.slots.get_mut(&id.slot) {
             (state.last_exit, state.by_itself) = (Some(reason), false);
@@ -66,7 +69,7 @@ impl App {
         let by_itself = match &run.phase {
             Phase::Launching { .. } => true,
             Phase::Stopping(_) => run.was_not_ready(),
-            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => return,
+            Phase::Queued | Phase::Ready | Phase::Reserve | Phase::Leaving { .. } => return,
         };
         let pm_id = run.pm_id;
         run.phase = Phase::Leaving { reason: reason.clone(), ladder: None };
@@ -119,6 +122,11 @@ impl App {
         let (rules, revision, spec) = (run.spec.restart.clone(), run.revision, Arc::clone(&run.spec));
         let candidate = self.is_candidate(slot, run);
         let replaced = self.is_replaced(slot, run);
+        let way_back = self.is_way_back(slot, run);
+        // A release is on probation until it has the last slot, where there is a way back.
+        let going = self.operation.as_ref().is_some_and(|operation| operation.stage == Stage::Going);
+        let goes_back = replaced && going && self.rolls_back(shared);
+        let probation = goes_back && !self.all_replaced(shared);
         let Some(state) = self.slots.get_mut(&slot) else { return };
         (state.last_exit, state.by_itself) = (Some(reason.clone()), true);
         if candidate {
@@ -130,9 +138,26 @@ impl App {
             self.fail(id, reason, shared);
             return;
         }
+        if way_back {
+            self.end_way_back(id, reason);
+            let pm_id = self.slots.get(&slot).map(|state| state.pm_id);
+            if let Some(pm_id) = pm_id {
+                self.step(id, pm_id, StepKind::Failed { reason: reason.clone() });
+            }
+        }
+        let Some(state) = self.slots.get_mut(&slot) else { return };
         if state.has_live() {
             // An old run dies beside its successor, which takes over.
             state.rest = Rest::Held;
+            return;
+        }
+        if let Some(operation) = &self.operation
+            && operation.kind == Kind::Reload
+            && operation.replaced.contains(&slot)
+            && operation.revision != revision
+        {
+            // It was to bring the release before back. What had served here last was the new one.
+            (state.rest, state.ended) = (Rest::Due, None);
             return;
         }
         if let Some(operation) = &self.operation
@@ -147,7 +172,6 @@ impl App {
         }
         let quick = uptime < rules.min_uptime;
         let (next, streak) = after_exit(shared.now, id, uptime, reason, &rules, state.streak);
-        state.streak = streak;
         let mut ended_well = false;
         state.rest = match (retry, next) {
             (Some(Retry::Never), _) | (_, Next::GiveUp) => Rest::Errored,
@@ -159,12 +183,27 @@ impl App {
                 Rest::Stopped
             }
         };
+        // The end of a release that its slot is not meant to run any more says nothing about the one it is.
+        let outdated = self.operation.is_none()
+            && shared.ledger.wanted.slot(&self.name, slot).is_some_and(|wanted| wanted.revision > revision);
+        if state.rest == Rest::Stopped && outdated {
+            (state.rest, state.ended) = (Rest::Due, None);
+        }
+        let fails = replaced && !ended_well && (probation || !was_ready || quick);
+        if fails && goes_back {
+            // What this release does says nothing about the one that comes back.
+            (state.rest, state.ended) = (Rest::Held, None);
+            self.fail(id, reason, shared);
+            return;
+        }
+        state.streak = streak;
         let (rest, pm_id) = (state.rest, state.pm_id);
         self.happened(
             id,
             pm_id,
             match rest {
                 Rest::Waiting { at } => What::RestartScheduled { delay: at.since(shared.now) },
+                Rest::Due if outdated => What::RestartScheduled { delay: Duration::ZERO },
                 Rest::Stopped => What::Ended { reason: reason.clone() },
                 Rest::Due | Rest::Errored | Rest::Held => What::Errored { reason: reason.clone() },
             },
@@ -177,7 +216,7 @@ impl App {
         let Some(operation) = &mut self.operation else { return };
         if ended_well {
             operation.awaiting.remove(&slot);
-        } else if operation.awaiting.contains(&slot) || (replaced && (!was_ready || quick)) {
+        } else if operation.awaiting.contains(&slot) || fails {
             self.fail(id, reason, shared);
         }
     }
@@ -204,12 +243,19 @@ impl App {
         if self.run_mut(id).is_none_or(|run| !matches!(run.phase, Phase::Launching { .. })) {
             return;
         }
+        let before_way_back = {
+            let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
+            run.is_some_and(|run| self.is_way_back(id.slot, run))
+        };
         self.stop_runs_because(id.slot, Cause::NotReady, IdleConnections::Wait, shared, |run| run.id == *id);
         let awaited = self.operation.as_ref().is_some_and(|operation| operation.awaiting.contains(&id.slot));
         let fails = {
             let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
             run.is_some_and(|run| self.is_candidate(id.slot, run) || self.is_replaced(id.slot, run))
         };
+        if before_way_back {
+            self.end_way_back(id, &ExitReason::NotReady);
+        }
         if awaited || fails {
             self.fail(id, &ExitReason::NotReady, shared);
         }

@@ -214,6 +214,7 @@ impl Fleet {
                 memo.slots.push(slot_memo);
                 memo.instances.extend(state.runs.iter().filter_map(super::instance::Run::memo));
             }
+            memo.reloads.extend(app.operation.as_ref().and_then(|operation| operation.memo(&app.name)));
         }
         memo
     }
@@ -249,6 +250,14 @@ impl Fleet {
     pub(super) fn take_in(&mut self, event: Event) {
         match event {
             Event::Asked { op, command } => self.asked(op, command),
+            Event::StartedFrom { id, from } => self.with_run(&id, |app, _| {
+                if let Some(run) = app.run_mut(&id) {
+                    run.from = Some(Arc::new(from));
+                }
+            }),
+            Event::Checked { app, check, fault } => {
+                self.with_app(&app, |app, shared| app.checked(check, fault, shared));
+            }
             Event::Spawned { id, pid } => self.with_run(&id, |app, shared| {
                 let now = shared.now;
                 let Some(run) = app.run_mut(&id) else { return };

@@ -104,7 +104,7 @@ impl Run {
         let asked = match &self.phase {
             Phase::Launching { .. } => ready_source(&self.spec) == ReadySource::Probed,
             Phase::Ready => self.spec.health.is_some(),
-            Phase::Queued | Phase::Stopping(_) | Phase::Leaving { .. } => false,
+            Phase::Queued | Phase::Reserve | Phase::Stopping(_) | Phase::Leaving { .. } => false,
         };
         (asked && self.pid.is_some()).then(|| Action::StopProbing { id: self.id.clone() })
     }
@@ -147,6 +147,7 @@ impl App {
                 Phase::Queued
                 | Phase::Launching { .. }
                 | Phase::Ready
+                | Phase::Reserve
                 | Phase::Stopping(_)
                 | Phase::Leaving { .. },
             ) => {}
@@ -164,7 +165,7 @@ impl App {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.relapses.begin(shared.now, was_well);
         }
-        self.begin_saving(Vec::new(), plan, Trigger::Health, shared);
+        self.begin_planned(Vec::new(), plan, Trigger::Health, shared);
     }
 
     /// The first slot whose run may be replaced now, and how long that had been well.

@@ -278,7 +278,15 @@ impl App {
                     operation.stage = Stage::Going;
                     operation.hook_failure = failure.map(|why| (wish.kind, id.clone(), why));
                 }
-                (Stage::Saving | Stage::Going | Stage::Undoing | Stage::Closing | Stage::Sweeping, _) => {}
+                (
+                    Stage::Checking
+                    | Stage::Saving
+                    | Stage::Going
+                    | Stage::Undoing
+                    | Stage::Closing
+                    | Stage::Sweeping,
+                    _,
+                ) => {}
             }
         }
         self.run_next_hook(shared);

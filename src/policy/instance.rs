@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            turn          ready                 stop asked, replaced, not ready in time
-//!  Queued ─────────► Launching ────► Ready ───────────────────────┐
+//!  Queued ─────────► Launching ────► Ready ◄──► Reserve ───────────┐
 //!    │ cancelled        │   │          │ exits by itself          ▼
 //!    ▼                  │   └──────────┼──── stop asked ──► Stopping (the ladder, see `stop`)
 //!  (gone: no process)   │ exits        ▼                          │ exits
@@ -11,6 +11,8 @@
 //!                                     ▼
 //!                                 forgotten
 //! ```
+//!
+//! A run in `Reserve` has been replaced in a reload that is not over: alive, out of rotation, and not told anything.
 //!
 //! A run knows nothing of its neighbours: which run serves, follows or replaces it is decided in `app` and `reload`.
 
@@ -21,13 +23,13 @@ use std::time::Duration;
 use crate::model::exit::ExitReason;
 use crate::model::id::{InstanceId, PmId};
 use crate::model::moment::Moment;
-use crate::model::saved::InstanceMemo;
+use crate::model::saved::{InstanceMemo, StartedFrom};
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
 
 use super::health::Pulse;
 use super::stop::{Cause, Ladder};
-use super::vocabulary::RunView;
+use super::vocabulary::{Action, RunState, RunView};
 
 /// How long a process without a readiness source of its own has to live to count as started.
 pub(super) const START_SETTLE: Duration = Duration::from_millis(100);
@@ -52,6 +54,12 @@ pub(super) struct Run {
     pub(super) settle: Duration,
     /// What probes of the present phase have said.
     pub(super) pulse: Pulse,
+    /// The files it was started from, once that is known.
+    pub(super) from: Option<Arc<StartedFrom>>,
+    /// The files it is to be started from, where that is not up to its spec: a rollback.
+    pub(super) again: Option<Arc<StartedFrom>>,
+    /// It is in rotation, and on probation until then.
+    pub(super) proves_until: Option<Moment>,
     pub(super) phase: Phase,
 }
 
@@ -68,9 +76,13 @@ pub(super) enum Phase {
         lives_at: Option<Moment>,
         /// When not being ready becomes a failure.
         fail_at: Moment,
+        /// It is ready, but not in rotation yet.
+        wait: Wait,
     },
     /// In rotation.
     Ready,
+    /// Replaced and out of rotation, but it may come back.
+    Reserve,
     /// On the stop ladder.
     Stopping(Ladder),
     /// The main process has exited; what it left behind is being ended.
@@ -80,6 +92,17 @@ pub(super) enum Phase {
         /// The ladder it was on.
         ladder: Option<Ladder>,
     },
+}
+
+/// What a run waits for between being ready and being in rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// It is not ready.
+    Not,
+    /// It has to live until then (`min_healthy`).
+    Soaking { after: Duration, until: Moment },
+    /// The others have to come as far as it is.
+    Standby { after: Duration },
 }
 
 /// What says that a run is ready.
@@ -130,25 +153,39 @@ impl Run {
             keys: BTreeSet::new(),
             settle,
             pulse: Pulse::default(),
+            from: None,
+            again: None,
+            proves_until: None,
             phase: Phase::Queued,
         }
     }
 
-    /// From now on it follows these rules. How it says that it is ready was settled when it was spawned.
-    pub(super) fn take_over(&mut self, spec: &Arc<AppSpec>) {
+    /// From now on it follows these rules. How it says that it is ready was settled when it was spawned; for its health
+    /// it is asked anew where the question is another one.
+    pub(super) fn take_over(&mut self, spec: &Arc<AppSpec>, now: Moment) -> Option<Action> {
+        let another = self.spec.health != spec.health && self.is_ready();
         let spawned = !matches!(self.phase, Phase::Queued);
         self.spec = if spawned && spec.ready != self.spec.ready {
             Arc::new(AppSpec { ready: self.spec.ready.clone(), ..AppSpec::clone(spec) })
         } else {
             Arc::clone(spec)
         };
+        if !another {
+            return None;
+        }
+        self.pulse = Pulse::default();
+        Some(self.ask_for_health(now).unwrap_or_else(|| Action::StopProbing { id: self.id.clone() }))
     }
 
     /// Its turn has come: the spawn is asked for.
     pub(super) fn launch(&mut self, now: Moment) {
         self.since = now;
-        self.phase =
-            Phase::Launching { said: false, lives_at: None, fail_at: now + self.spec.ready.listen_timeout };
+        self.phase = Phase::Launching {
+            said: false,
+            lives_at: None,
+            fail_at: now + self.spec.ready.listen_timeout,
+            wait: Wait::Not,
+        };
     }
 
     /// The process runs.
@@ -165,7 +202,7 @@ impl Run {
 
     /// Whether it takes one of the places of those that launch at the same time.
     pub(super) fn holds_launch_place(&self) -> bool {
-        matches!(self.phase, Phase::Launching { .. })
+        matches!(self.phase, Phase::Launching { wait: Wait::Not, .. })
             && !(ready_source(&self.spec) == ReadySource::Lives && self.spawned_at.is_some())
     }
 
@@ -176,6 +213,46 @@ impl Run {
             ReadySource::Said | ReadySource::Probed => *said,
             ReadySource::Listens => !self.keys.is_empty(),
             ReadySource::Lives => lives_at.is_some_and(|at| now >= at),
+        }
+    }
+
+    /// It has been ready for as long as it has to. Says, on the way there, what becomes known: it has just become ready.
+    pub(super) fn soak(&mut self, now: Moment, span: Duration) -> (bool, Option<Duration>) {
+        let after = now.since(self.since);
+        let Phase::Launching { wait, .. } = &mut self.phase else { return (false, None) };
+        let fresh = *wait == Wait::Not;
+        if fresh {
+            *wait = if span.is_zero() {
+                Wait::Standby { after }
+            } else {
+                Wait::Soaking { after, until: now + span }
+            };
+        }
+        if let Wait::Soaking { after, until } = *wait
+            && until <= now
+        {
+            *wait = Wait::Standby { after };
+        }
+        (matches!(wait, Wait::Standby { .. }), fresh.then_some(after))
+    }
+
+    /// It was ready, and is not any more: what it has lived through does not count.
+    pub(super) fn unready(&mut self) {
+        if let Phase::Launching { wait, .. } = &mut self.phase {
+            *wait = Wait::Not;
+        }
+    }
+
+    /// How long after its spawn it was ready.
+    pub(super) fn ready_after(&self, now: Moment) -> Duration {
+        match self.phase {
+            Phase::Launching { wait: Wait::Soaking { after, .. } | Wait::Standby { after }, .. } => after,
+            Phase::Launching { wait: Wait::Not, .. }
+            | Phase::Queued
+            | Phase::Ready
+            | Phase::Reserve
+            | Phase::Stopping(_)
+            | Phase::Leaving { .. } => now.since(self.since),
         }
     }
 
@@ -191,17 +268,27 @@ impl Run {
         matches!(self.phase, Phase::Ready)
     }
 
+    /// Whether it is kept in reserve.
+    pub(super) const fn is_reserve(&self) -> bool {
+        matches!(self.phase, Phase::Reserve)
+    }
+
+    /// Whether it has been replaced and is there all the same, in reserve or on its way out.
+    pub(super) const fn lingers(&self) -> bool {
+        matches!(self.phase, Phase::Reserve | Phase::Stopping(_) | Phase::Leaving { .. })
+    }
+
     /// Whether it serves, or is on its way to it.
     pub(super) const fn is_live(&self) -> bool {
         matches!(self.phase, Phase::Queued | Phase::Launching { .. } | Phase::Ready)
     }
 
-    /// Whether it counts against `instances` + `max_surge`: from the queue until it has its signal.
+    /// Whether it counts against `instances` + `max_surge`: from the queue until it has its signal, but for reserve.
     pub(super) const fn counts(&self) -> bool {
         match &self.phase {
             Phase::Queued | Phase::Launching { .. } | Phase::Ready => true,
             Phase::Stopping(ladder) => ladder.signalled_at.is_none(),
-            Phase::Leaving { .. } => false,
+            Phase::Reserve | Phase::Leaving { .. } => false,
         }
     }
 
@@ -213,7 +300,7 @@ impl Run {
     /// The ladder it is or was on.
     pub(super) const fn ladder(&self) -> Option<&Ladder> {
         match &self.phase {
-            Phase::Queued | Phase::Launching { .. } | Phase::Ready => None,
+            Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Reserve => None,
             Phase::Stopping(ladder) => Some(ladder),
             Phase::Leaving { ladder, .. } => ladder.as_ref(),
         }
@@ -228,7 +315,8 @@ impl Run {
     pub(super) const fn status(&self) -> Status {
         match &self.phase {
             Phase::Queued | Phase::Launching { .. } => Status::Launching,
-            Phase::Ready => Status::Online,
+            // Out of rotation, but nobody has told it to end.
+            Phase::Ready | Phase::Reserve => Status::Online,
             Phase::Stopping(_) | Phase::Leaving { .. } => Status::Stopping,
         }
     }
@@ -236,24 +324,32 @@ impl Run {
     /// Hands every pending deadline to `visit`.
     pub(super) fn deadlines(&mut self, visit: &mut dyn FnMut(&mut Moment)) {
         match &mut self.phase {
-            Phase::Launching { lives_at, fail_at, .. } => {
+            Phase::Launching { lives_at, fail_at, wait, .. } => {
                 if let Some(at) = lives_at {
                     visit(at);
+                }
+                if let Wait::Soaking { until, .. } = wait {
+                    visit(until);
                 }
                 visit(fail_at);
             }
             Phase::Stopping(ladder) => ladder.deadline(visit),
-            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => {}
+            Phase::Queued | Phase::Ready | Phase::Reserve | Phase::Leaving { .. } => {}
         }
     }
 
     /// The earliest pending deadline.
     pub(super) fn next_deadline(&self) -> Option<Moment> {
         match &self.phase {
-            // Who only has to live cannot be late.
-            Phase::Launching { lives_at, fail_at, .. } => Some(lives_at.unwrap_or(*fail_at)),
+            Phase::Launching { lives_at, fail_at, wait, .. } => match wait {
+                // Who only has to live cannot be late.
+                Wait::Not => Some(lives_at.unwrap_or(*fail_at)),
+                Wait::Soaking { until, .. } => Some(*until),
+                Wait::Standby { .. } => None,
+            },
             Phase::Stopping(ladder) => ladder.next_deadline(),
-            Phase::Queued | Phase::Ready | Phase::Leaving { .. } => None,
+            Phase::Ready => self.proves_until,
+            Phase::Queued | Phase::Reserve | Phase::Leaving { .. } => None,
         }
     }
 
@@ -268,10 +364,28 @@ impl Run {
             queued: matches!(self.phase, Phase::Queued),
             kill_at: match &self.phase {
                 Phase::Stopping(ladder) => ladder.kill_at(&self.spec),
-                Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Leaving { .. } => None,
+                Phase::Queued
+                | Phase::Launching { .. }
+                | Phase::Ready
+                | Phase::Reserve
+                | Phase::Leaving { .. } => None,
             },
             health: self.health(),
             failed_probes: self.pulse.failed,
+            state: self.state(),
+        }
+    }
+
+    /// Where it stands, for people.
+    const fn state(&self) -> RunState {
+        match &self.phase {
+            Phase::Queued => RunState::Queued,
+            Phase::Launching { wait: Wait::Not, .. } => RunState::Launching,
+            Phase::Launching { .. } => RunState::Soaking,
+            Phase::Ready => RunState::Online,
+            Phase::Reserve => RunState::Reserve,
+            Phase::Stopping(ladder) if ladder.signalled_at.is_none() => RunState::Draining,
+            Phase::Stopping(_) | Phase::Leaving { .. } => RunState::Stopping,
         }
     }
 
@@ -291,8 +405,14 @@ impl Run {
             keys: self.keys.iter().cloned().collect(),
             left: match &self.phase {
                 Phase::Leaving { reason, .. } => Some(reason.clone()),
-                Phase::Queued | Phase::Launching { .. } | Phase::Ready | Phase::Stopping(_) => None,
+                Phase::Queued
+                | Phase::Launching { .. }
+                | Phase::Ready
+                | Phase::Reserve
+                | Phase::Stopping(_) => None,
             },
+            reserve: self.is_reserve(),
+            from: self.from.clone(),
             said_ready: matches!(self.phase, Phase::Launching { said: true, .. }),
             probes: (self.pulse.passed, self.pulse.failed),
         })

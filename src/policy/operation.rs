@@ -1,7 +1,7 @@
 //! Operations: what somebody asked of an app, from the save that makes it durable to the reply.
 //!
 //! ```text
-//!  Saving ──► Going ──────────────────────────────────────────► (finished)
+//!  (Checking ─►) Saving ──► Going ──────────────────────────────────────────► (finished)
 //!               │  reload: all replaced ─► Closing ─► Sweeping ─────▲
 //!               │  reload: a new one failed ─► Undoing ─► Closing ──┤
 //!               └  delete: all gone ─► Closing ─────────────────────┘
@@ -9,23 +9,24 @@
 //!
 //! Nothing is started or stopped while `Saving`. An operation never restarts a crashed run: that is upkeep's, in `app`.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::model::exit::ExitReason;
-use crate::model::id::{InstanceId, Slot};
-use crate::model::saved::{Desired, HookKind};
+use crate::model::id::{AppName, InstanceId, Slot};
+use crate::model::saved::{Desired, HookKind, ReloadMemo, StartedFrom};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Kind, Slots};
 use super::app::{App, Shared};
+use super::asked::Plan;
 use super::batch::RequestKey;
 use super::instance::Run;
 use super::ledger::{After, Pending, Serial};
 use super::restart::Streak;
 use super::slot::Rest;
 use super::stop::Cause;
-use super::vocabulary::{Action, AppOutcome, IdleConnections, StepKind};
+use super::vocabulary::{Action, AppOutcome, IdleConnections, Rollback, StepKind};
 use super::wanted::{Change, slot_at};
 
 /// What is going on with an app.
@@ -48,6 +49,20 @@ pub(super) struct Operation {
     pub(super) awaiting: BTreeSet<Slot>,
     /// Slots of a reload whose new run is or was in rotation.
     pub(super) replaced: BTreeSet<Slot>,
+    /// Slots of a failed reload that were among them, and run the release before again.
+    pub(super) restored: BTreeSet<Slot>,
+    /// Slots of a failed reload in which the release before serves again since the way back began.
+    pub(super) back: BTreeSet<Slot>,
+    /// Slots of a failed reload in which nothing has to be done for that.
+    pub(super) settled: BTreeSet<Slot>,
+    /// The first steps back have been taken.
+    pub(super) rolling_back: bool,
+    /// The run of the release before that did not come back, and why.
+    pub(super) way_back_ends: Option<(InstanceId, ExitReason)>,
+    /// The files that the instances before the reload were started from.
+    pub(super) from: BTreeMap<Slot, Arc<StartedFrom>>,
+    /// What is to be saved when the check has been passed.
+    pub(super) plan: Option<Box<Plan>>,
     pub(super) failure: Option<(InstanceId, ExitReason)>,
     /// Why it is not remembered.
     pub(super) unsaved: Option<String>,
@@ -80,6 +95,8 @@ pub(super) const SHUTDOWN: &str = "shutdown";
 pub(super) enum Stage {
     /// A hook runs that has to allow it: of a start when what it wants is durable, else before anything is.
     Preparing,
+    /// Whether its instances could be started is being looked at; nothing has happened yet.
+    Checking,
     /// What it wants is being saved.
     Saving,
     /// It acts.
@@ -94,24 +111,36 @@ pub(super) enum Stage {
     Winding,
 }
 
-impl Operation {
-    pub(super) fn covers(&self, slot: Slot) -> bool {
-        self.slots.as_ref().is_none_or(|slots| slots.contains(&slot))
+impl Stage {
+    /// Whether what it wants is on disk, so that it may act.
+    pub(super) const fn acts(self) -> bool {
+        match self {
+            Self::Preparing | Self::Checking | Self::Saving => false,
+            Self::Going | Self::Undoing | Self::Closing | Self::Sweeping | Self::Winding => true,
+        }
     }
+}
 
-    /// An operation that an earlier supervisor had begun; nobody waits for it.
-    pub(super) fn resumed(serial: Serial, kind: Kind, revision: u64) -> Self {
+impl Operation {
+    pub(super) fn new(serial: Serial, kind: Kind, stage: Stage) -> Self {
         Self {
             serial,
             kind,
-            stage: Stage::Going,
+            stage,
             slots: None,
-            revision,
+            revision: 0,
             clients: Vec::new(),
             target: None,
             what: past_tense(kind),
             awaiting: BTreeSet::new(),
             replaced: BTreeSet::new(),
+            restored: BTreeSet::new(),
+            back: BTreeSet::new(),
+            settled: BTreeSet::new(),
+            rolling_back: false,
+            way_back_ends: None,
+            from: BTreeMap::new(),
+            plan: None,
             failure: None,
             unsaved: None,
             trigger: Trigger::Asked,
@@ -120,6 +149,44 @@ impl Operation {
             owes_post_stop: kind == Kind::Delete,
             hook_failure: None,
         }
+    }
+
+    pub(super) fn covers(&self, slot: Slot) -> bool {
+        self.slots.as_ref().is_none_or(|slots| slots.contains(&slot))
+    }
+
+    /// What an earlier supervisor knew of it.
+    pub(super) fn recall(&mut self, memo: &ReloadMemo) {
+        self.from = memo.from.iter().cloned().collect();
+        if memo.failure.is_some() {
+            self.stage = Stage::Undoing;
+            self.failure = memo.failure.clone();
+            self.restored = memo.restored.iter().copied().collect();
+        }
+    }
+
+    /// What became of the way back, where anything had to be done for it.
+    fn rollback(&self) -> Option<Rollback> {
+        (!self.restored.is_empty() || self.way_back_ends.is_some()).then(|| Rollback {
+            restored: self.restored.iter().copied().collect(),
+            failed: self.way_back_ends.clone(),
+        })
+    }
+
+    /// An operation that an earlier supervisor had begun; nobody waits for it.
+    pub(super) fn resumed(serial: Serial, kind: Kind, revision: u64) -> Self {
+        Self { revision, ..Self::new(serial, kind, Stage::Going) }
+    }
+
+    /// What the next supervisor has to know of a reload beyond the runs it is about.
+    pub(super) fn memo(&self, app: &AppName) -> Option<ReloadMemo> {
+        (self.kind == Kind::Reload && self.stage.acts()).then(|| ReloadMemo {
+            app: app.clone(),
+            revision: self.revision,
+            failure: self.failure.clone(),
+            restored: self.restored.iter().copied().collect(),
+            from: self.from.iter().map(|(slot, from)| (*slot, Arc::clone(from))).collect(),
+        })
     }
 }
 
@@ -135,21 +202,42 @@ pub(super) const fn past_tense(kind: Kind) -> &'static str {
 }
 
 impl App {
-    /// What is going on ends here: its clients are told by what.
-    pub(super) fn supersede(&mut self, by: &'static str, shared: &mut Shared) {
+    /// What is going on ends here: its clients are told by what. `ending` are the slots that are to end, `None`: all.
+    pub(super) fn supersede(&mut self, by: &'static str, ending: &Slots, shared: &mut Shared) {
         self.flush_steps(shared);
         let waiting = self.next.take().map(|(_, keys)| keys).unwrap_or_default();
         let outcome = AppOutcome::Superseded { by };
-        if let Some(operation) = self.operation.take() {
+        let rolls_back = self.rolls_back(shared);
+        if let Some(mut operation) = self.operation.take() {
             self.settle(&operation.clients, &outcome, shared);
             self.abandon_gate(&operation, shared);
-            // SIGTERM leaves what is wanted as it is: the next daemon finishes or undoes the reload.
-            if operation.kind == Kind::Reload && operation.stage != Stage::Preparing && by != SHUTDOWN {
-                let revert = Change::Revert { app: self.name.clone(), replaced: operation.replaced.clone() };
-                shared.ledger.push_regardless(revert, After::Nothing);
+            if operation.kind == Kind::Reload && operation.stage.acts() {
+                // In what goes on running there is one release in each slot, the old one where it can come back.
+                let stay = |slot: &Slot| ending.as_ref().is_some_and(|ending| !ending.contains(slot));
+                let replaced: Vec<Slot> = operation.replaced.iter().copied().filter(stay).collect();
+                let revision = operation.revision;
+                for slot in replaced {
+                    if rolls_back && operation.stage == Stage::Going && self.put_back(slot, shared) {
+                        operation.replaced.remove(&slot);
+                        self.stop_runs(slot, IdleConnections::Wait, shared, |run| run.revision == revision);
+                    } else {
+                        self.stop_runs(slot, IdleConnections::Wait, shared, |run| run.revision != revision);
+                    }
+                }
+                // SIGTERM leaves what is wanted as it is: the next daemon finishes or undoes the reload.
+                if by != SHUTDOWN {
+                    let replaced = operation.replaced.clone();
+                    let revert = Change::Revert { app: self.name.clone(), replaced };
+                    shared.ledger.push_regardless(revert, After::Nothing);
+                }
+                if operation.stage == Stage::Going {
+                    self.remove_candidates(&operation, Cause::Asked, shared);
+                }
             }
-            if operation.kind == Kind::Reload && operation.stage == Stage::Going {
-                self.remove_candidates(&operation, Cause::Asked, shared);
+            // What supersedes it may find nothing to do, and would leave it on disk.
+            if operation.kind == Kind::Restart && operation.stage.acts() && by != SHUTDOWN {
+                let finish = Change::Finish { app: self.name.clone() };
+                shared.ledger.push_regardless(finish, After::Nothing);
             }
             for state in self.slots.values_mut().filter(|state| state.rest == Rest::Held) {
                 state.rest = Rest::Due;
@@ -207,6 +295,16 @@ impl App {
             .filter(|(slot, desired)| operation.covers(*slot) && *desired == Desired::Running)
             .map(|(slot, _)| *slot)
             .collect();
+        if operation.kind == Kind::Reload {
+            operation.from = self
+                .slots
+                .iter()
+                .filter_map(|(slot, state)| {
+                    let from = state.runs.iter().rev().find(|run| run.is_ready())?.from.as_ref()?;
+                    Some((*slot, Arc::clone(from)))
+                })
+                .collect();
+        }
         let mut anew = Vec::new();
         if matches!(operation.kind, Kind::Start | Kind::Restart | Kind::Reload) {
             self.unprepared = false;
@@ -235,12 +333,14 @@ impl App {
                 }
             }
             Kind::Scale => {
+                let mut asked_anew = Vec::new();
                 for run in self.slots.values_mut().flat_map(|state| &mut state.runs) {
                     if run.revision == revision {
-                        run.take_over(&spec);
+                        asked_anew.extend(run.take_over(&spec, shared.now));
                     }
                 }
                 shared.actions.push(Action::TakeOver { app: self.name.clone(), spec, revision });
+                shared.actions.extend(asked_anew);
                 for slot in chosen {
                     if let Some(state) = self.slots.get(&slot)
                         && !state.launched
@@ -296,7 +396,9 @@ impl App {
             });
         }
         match (operation.stage, operation.kind) {
-            (Stage::Preparing | Stage::Saving | Stage::Closing | Stage::Winding, _) => false,
+            (Stage::Preparing | Stage::Checking | Stage::Saving | Stage::Closing | Stage::Winding, _) => {
+                false
+            }
             (Stage::Going, Kind::Start | Kind::Restart) => {
                 let (restart, awaiting) = (operation.kind == Kind::Restart, operation.awaiting.clone());
                 let hopeless = self.hopeless(&awaiting, shared);
@@ -350,7 +452,8 @@ impl App {
                 false
             }
             (Stage::Going, Kind::Reload) => self.drive_reload(shared),
-            (Stage::Undoing, _) => self.drive_undoing(shared),
+            (Stage::Undoing, _) if self.rolls_back(shared) => self.drive_rollback(shared),
+            (Stage::Undoing, _) => self.drive_abort(shared),
         }
     }
 
@@ -372,10 +475,17 @@ impl App {
         }
         match (&operation.failure, operation.kind) {
             (Some((id, reason)), _) => {
+                // Slots that only the failed release asked for went with it.
+                let wanted = shared.ledger.wanted.app(&self.name).map_or(0, |app| app.slots.len());
                 let outcome = AppOutcome::Failed {
                     id: id.clone(),
                     reason: reason.clone(),
-                    replaced: operation.replaced.iter().copied().collect(),
+                    replaced: operation
+                        .replaced
+                        .iter()
+                        .copied()
+                        .filter(|slot| (slot.0 as usize) < wanted)
+                        .collect(),
                     kept: self
                         .slots
                         .iter()
@@ -385,6 +495,7 @@ impl App {
                         })
                         .map(|(slot, _)| *slot)
                         .collect(),
+                    rollback: operation.rollback().map(Box::new),
                 };
                 self.close_unserved_listeners(shared);
                 for state in self.slots.values_mut().filter(|state| state.rest == Rest::Held) {
@@ -457,6 +568,9 @@ impl App {
                     self.remove_candidates(&operation, Cause::Undone, shared);
                     self.operation = Some(operation);
                 }
+                if self.rolls_back(shared) {
+                    self.begin_rollback(shared);
+                }
             }
             Kind::Start | Kind::Restart | Kind::Scale => {
                 let replaced = self
@@ -470,7 +584,8 @@ impl App {
                     shared.ledger.push_regardless(finish, After::Nothing);
                 }
                 let (id, reason) = (id.clone(), reason.clone());
-                self.finish(AppOutcome::Failed { id, reason, replaced, kept: Vec::new() }, shared);
+                let (kept, rollback) = (Vec::new(), None);
+                self.finish(AppOutcome::Failed { id, reason, replaced, kept, rollback }, shared);
             }
             Kind::Stop | Kind::Delete => {}
         }
@@ -478,15 +593,19 @@ impl App {
 
     /// A run has come into rotation.
     pub(super) fn became_ready(&mut self, id: &InstanceId) {
-        let candidate = self
-            .slots
-            .get(&id.slot)
-            .and_then(|state| state.runs.iter().find(|run| run.id == *id))
-            .is_some_and(|run| self.is_candidate(id.slot, run));
+        let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
+        let candidate = run.is_some_and(|run| self.is_candidate(id.slot, run));
+        let way_back = run.is_some_and(|run| self.is_way_back(id.slot, run));
         let Some(operation) = &mut self.operation else { return };
         operation.awaiting.remove(&id.slot);
         if candidate {
             operation.replaced.insert(id.slot);
+        }
+        if way_back {
+            operation.back.insert(id.slot);
+            if operation.replaced.remove(&id.slot) {
+                operation.restored.insert(id.slot);
+            }
         }
     }
 

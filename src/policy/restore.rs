@@ -14,7 +14,8 @@ use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
 use crate::model::moment::Moment;
 use crate::model::saved::{
-    Desired, Found, HookKind, HookMemo, InstanceMemo, Memo, SavedApp, SavedFleet, SavedOperation, SlotMemo,
+    Desired, Found, HookKind, HookMemo, InstanceMemo, Memo, ReloadMemo, SavedApp, SavedFleet, SavedOperation,
+    SlotMemo,
 };
 use crate::model::spec::{AppSpec, CommandSpec, Runtime};
 
@@ -24,7 +25,7 @@ use super::fleet::{Fleet, Settings};
 use super::health::{Pulse, Relapses};
 use super::instance::{Phase, ReadySource, Run, START_SETTLE, ready_source};
 use super::ledger::After;
-use super::operation::Operation;
+use super::operation::{Operation, Stage};
 use super::restart::Streak;
 use super::slot::{Rest, SlotState};
 use super::stop::{Cause, Descent, Ladder};
@@ -50,6 +51,8 @@ impl Fleet {
         let known = memo.is_some();
         let memo = memo.unwrap_or_default();
         let owed = memo.hooks;
+        let reloads: BTreeMap<AppName, ReloadMemo> =
+            memo.reloads.into_iter().map(|reload| (reload.app.clone(), reload)).collect();
         let newest: BTreeMap<(AppName, Slot), Generation> =
             memo.slots.iter().map(|slot| ((slot.app.clone(), slot.slot), slot.newest)).collect();
         let mut slots: BTreeMap<(AppName, Slot), SlotMemo> =
@@ -95,7 +98,7 @@ impl Fleet {
         fleet.go_on_stopping();
         let names: Vec<AppName> = fleet.apps.keys().cloned().collect();
         for name in &names {
-            fleet.resume(name, known, &exited);
+            fleet.resume(name, known, reloads.get(name), &exited);
         }
         for HookMemo { app, kind } in owed {
             if let Some(app) = fleet.apps.get_mut(&app) {
@@ -224,6 +227,7 @@ impl Fleet {
                     *said = memo.said_ready;
                 }
                 run.keys = memo.keys.into_iter().collect();
+                run.from = memo.from;
                 run.ready_at = memo.ready_at;
                 run.pulse = Pulse::known(memo.probes.0, memo.probes.1);
                 if let Some((began, signalled)) = memo.stopping {
@@ -238,6 +242,8 @@ impl Fleet {
                         }
                     }
                     run.settle = STOP_AGAIN;
+                } else if memo.reserve {
+                    run.phase = Phase::Reserve;
                 } else if memo.ready_at.is_some() {
                     run.phase = Phase::Ready;
                 }
@@ -286,7 +292,13 @@ impl Fleet {
     }
 
     /// The operation of an app goes on, without anybody waiting for it.
-    fn resume(&mut self, name: &AppName, known: bool, exited: &BTreeMap<InstanceId, ExitReason>) {
+    fn resume(
+        &mut self,
+        name: &AppName,
+        known: bool,
+        reload: Option<&ReloadMemo>,
+        exited: &BTreeMap<InstanceId, ExitReason>,
+    ) {
         let Some(saved) = self.shared.ledger.wanted.app(name) else { return };
         let Some(operation) = saved.operation else { return };
         let (saved, serial) = (saved.clone(), self.shared.new_serial());
@@ -294,8 +306,20 @@ impl Fleet {
         app.operation = Some(match operation {
             SavedOperation::Delete => Operation::resumed(serial, Kind::Delete, saved.revision),
             SavedOperation::Restart => resumed_restart(app, &saved, serial),
-            SavedOperation::Reload => resumed_reload(app, &saved, serial, known, exited),
+            SavedOperation::Reload => {
+                let mut operation = resumed_reload(app, &saved, serial, known, exited);
+                // That of another reload says nothing about this one.
+                if let Some(memo) = reload.filter(|memo| memo.revision == saved.revision) {
+                    operation.recall(memo);
+                }
+                operation
+            }
         });
+        if app.operation.as_ref().is_some_and(|operation| operation.stage == Stage::Undoing)
+            && app.rolls_back(&self.shared)
+        {
+            app.begin_rollback(&mut self.shared);
+        }
     }
 
     /// Ends runs that should not be beside others. With a memo there are none but those of a restart; without one, some
@@ -357,8 +381,12 @@ fn resumed_reload(
             // Nobody knows whether the new one ever got ready: the old one goes on (see `end_superfluous`).
             continue;
         }
-        if state.runs.iter().any(|run| is_new(run) && run.ready_at.is_some() && run.is_live()) {
+        let serves = |run: &&mut Run| is_new(run) && run.ready_at.is_some() && run.is_live();
+        if let Some(run) = state.runs.iter_mut().find(serves) {
             operation.replaced.insert(*slot);
+            if !saved.spec.can_overlap() {
+                run.proves_until = run.ready_at.map(|at| at + saved.spec.reload.min_healthy);
+            }
         } else if let Some(run) = state.runs.iter_mut().find(|run| is_new(run) && run.is_live()) {
             run.settle = saved.spec.restart.min_uptime;
         } else if !state.has_live() {
@@ -409,6 +437,8 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
         Action::Save { .. }
         | Action::Spawn { .. }
         | Action::TakeOver { .. }
+        | Action::SpawnFrom { .. }
+        | Action::Preflight { .. }
         | Action::EndLeftovers { .. }
         | Action::Forget { .. }
         | Action::CloseListeners { .. }

@@ -103,9 +103,19 @@ impl SlotState {
             }
     }
 
+    pub(super) fn has_reserve(&self) -> bool {
+        self.runs.iter().any(Run::is_reserve)
+    }
+
     /// What a row of the table says.
     pub(super) fn view(&self, slot: Slot) -> SlotView {
-        let current = self.runs.iter().rev().find(|run| run.is_ready()).or_else(|| self.runs.last());
+        let current = self
+            .runs
+            .iter()
+            .rev()
+            .find(|run| run.is_ready())
+            .or_else(|| self.runs.iter().rev().find(|run| !run.is_reserve()))
+            .or_else(|| self.runs.last());
         let status = match (current, self.rest) {
             (Some(run), _) => run.status(),
             (None, Rest::Stopped) => Status::Stopped,

@@ -240,7 +240,8 @@ impl Run {
         descent: &mut Descent,
     ) {
         let (towards, awaiting) = match &self.phase {
-            Phase::Ready => (Towards::Settle, false),
+            // What is in reserve is out already, but perhaps not settled yet.
+            Phase::Ready | Phase::Reserve => (Towards::Settle, false),
             // It is in no rotation, but it may have taken connections by itself.
             Phase::Launching { .. } if accepts_by_itself(&self.spec) && self.pid.is_some() => {
                 (Towards::Ask, false)

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, OpId, PmId, Slot};
-use crate::model::saved::{HookKind, SavedFleet};
+use crate::model::saved::{HookKind, SavedFleet, StartedFrom};
 use crate::model::signal::Signal;
 use crate::model::spec::{AppSpec, KillMode};
 use crate::model::status::Status;
@@ -18,6 +18,10 @@ use crate::model::status::Status;
 /// Numbers the saves of a supervisor's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SaveId(pub u64);
+
+/// Numbers the preflights of a supervisor's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CheckId(pub u64);
 
 /// Everything that can happen to a fleet.
 #[derive(Clone, Debug)]
@@ -28,6 +32,22 @@ pub enum Event {
         op: OpId,
         /// What was asked.
         command: Command,
+    },
+    /// The files a run is being started from. Comes before `Spawned`.
+    StartedFrom {
+        /// Which run.
+        id: InstanceId,
+        /// The files.
+        from: StartedFrom,
+    },
+    /// Answer to `Preflight`.
+    Checked {
+        /// Of which app.
+        app: AppName,
+        /// Which check.
+        check: CheckId,
+        /// Why an instance could not be started now, for people.
+        fault: Option<String>,
     },
     /// The process runs: exec(2) has succeeded.
     Spawned {
@@ -292,6 +312,30 @@ pub enum Action {
         /// Runs of this release.
         revision: u64,
     },
+    /// Start a process from these files, whatever the paths of the spec lead to now; the way back to a release before.
+    /// Answers `Spawned`, or `SpawnFailed`, also when the files have changed since.
+    SpawnFrom {
+        /// Which run.
+        id: InstanceId,
+        /// Its slot's number for people.
+        pm_id: PmId,
+        /// The spec to run.
+        spec: Arc<AppSpec>,
+        /// The spec's revision.
+        revision: u64,
+        /// The files.
+        from: Arc<StartedFrom>,
+    },
+    /// Look whether an instance of this spec could be started now: its script, working directory, interpreter and env
+    /// files. Answers `Checked`; starts and changes nothing.
+    Preflight {
+        /// Of which app.
+        app: AppName,
+        /// Which check.
+        check: CheckId,
+        /// The spec.
+        spec: Arc<AppSpec>,
+    },
     /// Give new connections to this instance.
     PutIn {
         /// Which run.
@@ -461,11 +505,24 @@ pub enum StepKind {
         /// Its main process.
         pid: u32,
     },
-    /// Ready this long after the spawn.
+    /// In rotation.
     Ready {
-        /// Since the spawn.
+        /// How long after the spawn it was ready.
         after: Duration,
+        /// Nothing but this span of life said so.
+        lived: bool,
     },
+    /// Ready, but not in rotation before it has lived on for this long.
+    Soaking {
+        /// How long after the spawn it was ready.
+        after: Duration,
+        /// `min_healthy`.
+        span: Duration,
+    },
+    /// Replaced: out of rotation, and kept until the last slot is ready.
+    Reserved,
+    /// The reload has failed: back in rotation.
+    Restored,
     /// Gets no new connections, finishes what it has.
     Draining,
     /// The kill signal was sent.
@@ -534,8 +591,15 @@ pub enum AppOutcome {
         reason: ExitReason,
         /// Slots that run the new release.
         replaced: Vec<Slot>,
-        /// Slots that still run the old one.
+        /// Slots that still run the old one, or do again.
         kept: Vec<Slot>,
+        /// What became of the way back, where there was one to go.
+        rollback: Option<Box<Rollback>>,
+    },
+    /// Nothing was taken down, because nothing could have been started in its place.
+    Unfit {
+        /// Why.
+        why: String,
     },
     /// It is not started before another app is up, and that one is not going to be, as things are. It starts by itself
     /// when the other one has come up after all.
@@ -578,6 +642,16 @@ pub enum AppOutcome {
         /// Why.
         error: String,
     },
+}
+
+/// What became of a rollback.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rollback {
+    /// Slots that ran the new release and run the old one again.
+    pub restored: Vec<Slot>,
+    /// The run of the old release that could not be started again, and why; slots that had not been restored by then
+    /// stay as they are.
+    pub failed: Option<(InstanceId, ExitReason)>,
 }
 
 /// Why nothing was done.
@@ -661,4 +735,41 @@ pub struct RunView {
     pub health: Option<Health>,
     /// How many probes in a row have failed.
     pub failed_probes: u32,
+    /// Where it stands in more words than the table has.
+    pub state: RunState,
+}
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// Waits for its turn to launch.
+    Queued,
+    /// Launching, not ready.
+    Launching,
+    /// Ready, but not in rotation yet: it has to live for `min_healthy`, or waits for the others of its release.
+    Soaking,
+    /// In rotation.
+    Online,
+    /// Replaced and out of rotation; comes back when the reload fails.
+    Reserve,
+    /// Out of rotation, finishing what it has.
+    Draining,
+    /// It has its signal, or has exited.
+    Stopping,
+}
+
+impl RunState {
+    /// The word for people and `jlist`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Launching => "launching",
+            Self::Soaking => "soaking",
+            Self::Online => "online",
+            Self::Reserve => "reserve",
+            Self::Draining => "draining",
+            Self::Stopping => "stopping",
+        }
+    }
 }

@@ -342,14 +342,17 @@ fn condemn(app: &mut SavedApp) {
 }
 
 /// Slots that were not replaced return to the release before; without any replaced slot the whole app does. Slots
-/// that only the failed release asked for go with it.
+/// that only the failed release asked for go with it, unless they or others behind them were finished.
 fn revert(app: &mut SavedApp, replaced: &BTreeSet<Slot>, next_pm_id: &mut u32) {
     // The reload itself was never saved: there is nothing to return from.
     if app.operation.take_if(|operation| *operation == SavedOperation::Reload).is_none() {
         return;
     }
     let Some((old_spec, old_revision)) = app.previous.clone() else { return };
-    resize(app, u32::try_from(app.slots.len()).unwrap_or(u32::MAX).min(old_spec.instances), next_pm_id);
+    // Finished slots stay, also those that only the failed release asked for.
+    let finished = replaced.last().map_or(0, |slot| slot.0.saturating_add(1));
+    let count = u32::try_from(app.slots.len()).unwrap_or(u32::MAX);
+    resize(app, count.min(old_spec.instances.max(finished)), next_pm_id);
     let failed = app.revision;
     for (index, slot) in app.slots.iter_mut().enumerate() {
         if slot.revision == failed && !replaced.contains(&slot_at(index)) {

@@ -23,10 +23,10 @@ use tokio::time::{Instant, sleep_until};
 use super::figures::{Surveys, Then};
 use super::handle::{Ask, Replies};
 use super::journal::Journal;
-use super::launch::configured_environment;
+use super::launch::{self, configured_environment};
 use super::notices::{Notices, longest_stop, status_of};
 use super::operations::{Known, Operations};
-use super::outcome::{operation_view, refused, step_view};
+use super::outcome::{operation_view, refused, reload_plan_view, step_view};
 use super::plan_view::plan_view;
 use super::probe::Finding;
 use super::publish::{Job, Publisher, Question};
@@ -51,6 +51,7 @@ use crate::model::spec::AppSpec;
 use crate::model::spelling;
 use crate::model::status::Status;
 use crate::policy::fleet::Fleet;
+use crate::policy::reload_plan::ReloadPlan;
 use crate::policy::target::{self, NoTarget};
 use crate::policy::vocabulary::{
     Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, Verb,
@@ -620,6 +621,10 @@ impl Driver {
                 self.announce_downtime(verb, &selection, &specs, replies);
                 self.command(op, Command::Act { verb: verb_of(verb), selection, specs }, replies);
             }
+            Request::PlanReload { targets, specs, shell } => {
+                let plan = self.plan_reload(&targets, specs, &shell)?;
+                let _ = replies.send(Reply::Answer(plan));
+            }
             Request::Scale { target, to } => self.scale(op, &target, to, replies)?,
             Request::Reset { targets } => {
                 let selection = self.select(&targets)?;
@@ -731,6 +736,28 @@ impl Driver {
         self.announce_downtime(AskedVerb::Reload, &changed, &specs, replies);
         self.command(op, Command::Start { specs }, replies);
         Ok(())
+    }
+
+    /// What a reload would do. Looks at files as a start would, and changes nothing.
+    fn plan_reload(
+        &self,
+        targets: &[String],
+        specs: Vec<AppSpec>,
+        shell: &BTreeMap<String, String>,
+    ) -> Result<Answer, Refused> {
+        let specs = self.settled(specs);
+        self.check_addresses(&specs, &[])?;
+        let mut selection = self.select(targets)?;
+        if targets.is_empty() {
+            selection = specs.iter().map(|spec| whole(&spec.name)).collect();
+        }
+        let plans = self.fleet.plan_reload(selection, &specs).map_err(|refusal| refused(&refusal))?;
+        let view = |plan: ReloadPlan| {
+            let shell = self.shells.present().get(&plan.app).map_or(shell, |shell| &**shell);
+            let fault = launch::check(&plan.spec, shell).err().map(|error| error.to_string());
+            reload_plan_view(plan, fault)
+        };
+        Ok(Answer::ReloadPlan(plans.into_iter().map(view).collect()))
     }
 
     fn scale(&mut self, op: OpId, target: &str, to: ScaleTo, replies: &Replies) -> Result<(), Refused> {

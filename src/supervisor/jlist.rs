@@ -13,7 +13,6 @@ use crate::ipc::protocol::{MASK, ProcessView};
 use crate::model::figures::NodeFigures;
 use crate::model::moment::millis;
 use crate::model::spec::ExecMode;
-use crate::model::status::Status;
 use crate::policy::vocabulary::RunView;
 use crate::sys::clock;
 
@@ -300,7 +299,8 @@ struct Ours<'a>(&'a Entry<'a>);
 struct Run {
     pid: u32,
     generation: u64,
-    status: Status,
+    /// "reserve", "draining", "stopping", "launching", "soaking".
+    status: &'static str,
 }
 
 impl Serialize for Ours<'_> {
@@ -326,5 +326,5 @@ impl Serialize for Ours<'_> {
 }
 
 fn run(run: &RunView) -> Run {
-    Run { pid: run.pid.unwrap_or(0), generation: run.id.generation.0, status: run.status }
+    Run { pid: run.pid.unwrap_or(0), generation: run.id.generation.0, status: run.state.as_str() }
 }

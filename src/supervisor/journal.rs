@@ -373,7 +373,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.jsonl");
         let mut journal = Journal::start(path.clone(), FILE_MAX, None).unwrap();
-        journal.news(news(What::Step(StepKind::Ready { after: Duration::from_millis(12) })), None);
+        journal
+            .news(news(What::Step(StepKind::Ready { after: Duration::from_millis(12), lived: false })), None);
         journal.news(news(What::InRotation), None);
         journal.hand_over();
         drop(journal);

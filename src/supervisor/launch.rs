@@ -8,10 +8,11 @@ use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::model::id::{InstanceId, PmId};
+use crate::model::id::{Generation, InstanceId, PmId, Slot};
+use crate::model::saved::{StartedFile, StartedFrom};
 use crate::model::spec::{AppSpec, ListenSpec};
 use crate::store::env_file;
 use crate::store::environment::{self, OwnVariables};
@@ -200,6 +201,63 @@ pub fn configured_environment(
     let role = Role { id, pm_id, token: "", worker: None, notify: None, agent: Path::new("") };
     let all = environment_of(spec, shell, &role)?;
     Ok(all.into_iter().filter(|(name, _)| !environment::is_scrubbed(name)).collect())
+}
+
+/// Whether an instance of a spec could be launched now, as far as can be known without doing it.
+///
+/// # Errors
+/// What is not there.
+pub fn check(spec: &AppSpec, shell: &BTreeMap<String, String>) -> Result<(), LaunchError> {
+    let id = InstanceId { app: spec.name.clone(), slot: Slot(0), generation: Generation(0) };
+    let role =
+        Role { id: &id, pm_id: PmId(0), token: "", worker: None, notify: None, agent: Path::new("agent") };
+    launch(spec, shell, &role).map(drop)
+}
+
+/// The files a launch uses, symlinks resolved. What cannot be looked at is left out: there is no way back to it.
+#[must_use]
+pub fn started_from(spec: &AppSpec, launch: &Launch) -> StartedFrom {
+    let script = match &spec.command.interpreter {
+        Some(_) if names_a_file(spec) => started_file(&spec.cwd.join(&spec.command.script)),
+        Some(_) => None,
+        None => started_file(&launch.program),
+    };
+    StartedFrom { cwd: fs::canonicalize(&launch.cwd).unwrap_or_else(|_| launch.cwd.clone()), script }
+}
+
+fn started_file(path: &Path) -> Option<StartedFile> {
+    let path = fs::canonicalize(path).ok()?;
+    let meta = fs::metadata(&path).ok()?;
+    let modified = meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec());
+    Some(StartedFile { path, device: meta.dev(), inode: meta.ino(), size: meta.size(), modified })
+}
+
+/// A spec whose paths lead to the files that an earlier instance was started from.
+///
+/// # Errors
+/// When those are not the same files any more.
+pub fn as_it_was(spec: &AppSpec, from: &StartedFrom) -> Result<AppSpec, ChangedSince> {
+    let mut spec = spec.clone();
+    spec.cwd.clone_from(&from.cwd);
+    if let Some(file) = &from.script {
+        match started_file(&file.path) {
+            Some(now) if now == *file => spec.command.script.clone_from(&file.path),
+            Some(_) => return Err(ChangedSince::Changed(file.path.clone())),
+            None => return Err(ChangedSince::Gone(file.path.clone())),
+        }
+    }
+    Ok(spec)
+}
+
+/// Why there is nothing to go back to.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangedSince {
+    /// Somebody wrote to it.
+    #[error("{0:?} has changed since it was started, so there is nothing to go back to")]
+    Changed(PathBuf),
+    /// Somebody removed it.
+    #[error("{0:?}, which it was started from, is gone, so there is nothing to go back to")]
+    Gone(PathBuf),
 }
 
 fn environment_of(

@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-use crate::ipc::protocol::{AppResult, Failure, OperationView, Refused, StepKind as StepWords, StepView};
+use crate::ipc::protocol::{
+    AppResult, Failure, OperationView, PlannedSlotView, Refused, ReloadPlanView, StepKind as StepWords,
+    StepView,
+};
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, Generation, InstanceId, Slot};
 use crate::model::moment::millis;
 use crate::model::saved::HookKind;
-use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Step, StepKind};
+use crate::model::spec::OnFailure;
+use crate::policy::reload_plan::{Course, Manner, PlannedSlot, ReloadPlan};
+use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Rollback, Step, StepKind};
 
 /// What the texts need beyond the outcome itself.
 pub trait Witness {
@@ -29,7 +34,12 @@ pub fn step_view(step: Step) -> StepView {
         StepKind::Queued => StepWords::Queued,
         StepKind::Launching => StepWords::Launching,
         StepKind::Spawned { pid } => StepWords::Spawned { pid },
-        StepKind::Ready { after } => StepWords::Ready { after_ms: millis(after) },
+        StepKind::Ready { after, lived } => StepWords::Ready { after_ms: millis(after), lived },
+        StepKind::Soaking { after, span } => {
+            StepWords::Soaking { after_ms: millis(after), span_ms: millis(span) }
+        }
+        StepKind::Reserved => StepWords::Reserved,
+        StepKind::Restored => StepWords::Restored,
         StepKind::Draining => StepWords::Draining,
         StepKind::Signalled { signal } => StepWords::Signalled { signal: signal.to_string() },
         StepKind::Gone { after, killed, reason } => {
@@ -76,7 +86,7 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
     match outcome {
         AppOutcome::Done { what, slots } => done(app, what.to_owned(), slots),
         AppOutcome::Already { what } => done(app, format!("already {what}"), 0),
-        AppOutcome::Failed { id, reason, replaced, kept } => {
+        AppOutcome::Failed { id, reason, replaced, kept, rollback } => {
             let cause = failure_cause(&id, &reason, witness.listen_timeout(&app));
             let cause = match witness.last_probe(&id).filter(|_| reason == ExitReason::NotReady) {
                 Some(probe) => format!("{cause}; last probe: {probe}"),
@@ -87,10 +97,11 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
                     Some(why) => format!("{cause}: {why}"),
                     None => cause,
                 },
-                hint: Some(failure_hint(&app, &reason, &replaced, &kept)),
+                hint: Some(failure_hint(&app, &reason, &replaced, &kept, rollback.as_deref())),
                 last_lines: witness.last_lines(&id),
                 replaced,
                 kept,
+                restored: rollback.map(|rollback| rollback.restored).unwrap_or_default(),
             };
             failed(app, "failed", failure)
         }
@@ -101,8 +112,17 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
                 last_lines: witness.last_lines(&id),
                 replaced: Vec::new(),
                 kept: Vec::new(),
+                restored: Vec::new(),
             };
             failed(app, done.unwrap_or("failed"), failure)
+        }
+        AppOutcome::Unfit { why } => {
+            let hint = format!(
+                "Nothing was touched. Put that right, then run the command again; `pm describe {}` \
+                 shows the paths.",
+                word_of(&app)
+            );
+            failed(app, "refused", plain(format!("it could not be started again: {why}"), Some(&hint)))
         }
         AppOutcome::Superseded { by } => {
             let cause = format!("superseded by a {by} of the same app");
@@ -137,6 +157,7 @@ fn plain(cause: String, hint: Option<&str>) -> Failure {
         last_lines: Vec::new(),
         replaced: Vec::new(),
         kept: Vec::new(),
+        restored: Vec::new(),
     }
 }
 
@@ -156,7 +177,18 @@ fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Du
     }
 }
 
-fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[Slot]) -> String {
+/// Names may have spaces, and what a hint says is typed as it stands.
+fn word_of(app: &AppName) -> String {
+    if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() }
+}
+
+fn failure_hint(
+    app: &AppName,
+    reason: &ExitReason,
+    replaced: &[Slot],
+    kept: &[Slot],
+    rollback: Option<&Rollback>,
+) -> String {
     let word = word_of(app);
     let logs = match reason {
         // What never ran has no logs.
@@ -164,6 +196,24 @@ fn failure_hint(app: &AppName, reason: &ExitReason, replaced: &[Slot], kept: &[S
         ExitReason::NotStarted(_) => format!("Put that right, then `pm reload {word}`."),
         _ => format!("See `pm logs {word} --err`."),
     };
+    if let Some(Rollback { restored, failed }) = rollback {
+        let mut said = Vec::new();
+        match failed {
+            None => said.push("Rolled back: the old release serves again.".to_owned()),
+            Some((id, why)) => said.push(format!("The old worker {} did not come back: {why}.", id.slot)),
+        }
+        if !restored.is_empty() {
+            said.push(format!("Put back: {}.", workers(restored)));
+        }
+        if !replaced.is_empty() {
+            said.push(format!("On the new release: {}.", workers(replaced)));
+        }
+        if failed.is_some() && !kept.is_empty() {
+            said.push(format!("On the old one: {}.", workers(kept)));
+        }
+        said.push(logs);
+        return said.join(" ");
+    }
     match (replaced.is_empty(), kept.is_empty()) {
         (true, false) => format!("The old workers are still serving. {logs}"),
         (false, false) => format!(
@@ -188,9 +238,9 @@ fn hook_hint(app: &AppName, hook: HookKind, done: Option<&'static str>) -> Strin
     }
 }
 
-/// Names may have spaces, and what a hint says is typed as it stands.
-fn word_of(app: &AppName) -> String {
-    if app.as_str().contains([' ', '~']) { format!("'{app}'") } else { app.to_string() }
+fn workers(slots: &[Slot]) -> String {
+    let word = if slots.len() == 1 { "worker" } else { "workers" };
+    format!("{word} {}", numbers(slots))
 }
 
 fn numbers(slots: &[Slot]) -> String {
@@ -199,6 +249,63 @@ fn numbers(slots: &[Slot]) -> String {
 
 fn seconds(span: Duration) -> String {
     if span.subsec_millis() == 0 { format!("{}s", span.as_secs()) } else { format!("{}ms", span.as_millis()) }
+}
+
+/// A plan in the words of the protocol; `fault` is why an instance could not be started now.
+#[must_use]
+pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanView {
+    let ReloadPlan { app, spec, changed, course, manner, slots, given_up, .. } = plan;
+    let (action, going_on) = match course {
+        Course::Begins => ("reload", None),
+        Course::Starts => ("start", None),
+        Course::Waits(what) => ("wait", Some(what.to_owned())),
+        Course::Refused(what) => ("refuse", Some(what.to_owned())),
+    };
+    let slot_view = |slot: PlannedSlot| PlannedSlotView {
+        slot: slot.slot,
+        pm_id: slot.pm_id,
+        pid: slot.old.and_then(|(pid, _)| pid),
+        generation: slot.old.map(|(_, generation)| generation),
+        next: slot.next,
+    };
+    let limit = seconds(spec.ready.listen_timeout);
+    let ready = if spec.ready.wait_ready {
+        format!("it says that it is ready, within {limit}")
+    } else if spec.ready.probe.is_some() {
+        format!("its probe succeeds, within {limit}")
+    } else if spec.is_node_cluster() {
+        format!("it listens, within {limit}")
+    } else {
+        format!("it has lived for {} (min_uptime)", seconds(spec.restart.min_uptime))
+    };
+    ReloadPlanView {
+        app,
+        action: action.to_owned(),
+        going_on,
+        fault,
+        changed,
+        strategy: match manner {
+            Manner::Rolling => "rolling",
+            Manner::BlueGreen => "blue-green",
+            Manner::InPlace => "in-place",
+        }
+        .to_owned(),
+        downtime: manner == Manner::InPlace && slots.iter().any(|slot| slot.old.is_some()),
+        slots: slots.into_iter().map(slot_view).collect(),
+        given_up: given_up.into_iter().map(slot_view).collect(),
+        at_once: plan.at_once,
+        max_unavailable: plan.max_unavailable,
+        most: plan.most,
+        reserve: plan.reserve,
+        max_draining: plan.max_draining,
+        ready,
+        min_healthy_ms: millis(spec.reload.min_healthy),
+        on_failure: match spec.reload.on_failure {
+            OnFailure::Rollback => "rollback",
+            OnFailure::Abort => "abort",
+        }
+        .to_owned(),
+    }
 }
 
 /// A refusal with its exit code.

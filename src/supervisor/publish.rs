@@ -28,7 +28,7 @@ use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, millis};
 use crate::model::spec::{AppSpec, Balance, ExecMode, Runtime};
 use crate::model::status::Status;
-use crate::policy::vocabulary::{Health, ProbeResult, ProbeRole, RunView, SlotView};
+use crate::policy::vocabulary::{Health, ProbeResult, ProbeRole, RunState, RunView, SlotView};
 use crate::sys::clock;
 
 /// Everything the driver knows about a slot.
@@ -323,12 +323,21 @@ fn note(slot: &SlotInfo, now: Moment) -> Option<String> {
         Some(Health::Failing { failed }) => notes.push(format!("health check failed {failed}×: {}", heard())),
         Some(Health::Unknown | Health::Healthy) | None => {}
     }
-    if !view.draining.is_empty() {
-        let left = view.draining.iter().filter_map(|run| run.kill_at).max();
-        notes.push(match left {
-            Some(at) => format!("draining {} ({} left)", view.draining.len(), seconds(at.since(now))),
-            None => format!("draining {}", view.draining.len()),
-        });
+    let are = |states: &[RunState]| view.draining.iter().filter(|run| states.contains(&run.state)).count();
+    let left = view.draining.iter().filter_map(|run| run.kill_at).max();
+    match (are(&[RunState::Draining, RunState::Stopping]), left) {
+        (0, _) => {}
+        (count, Some(at)) => notes.push(format!("draining {count} ({} left)", seconds(at.since(now)))),
+        (count, None) => notes.push(format!("draining {count}")),
+    }
+    for (count, words) in [
+        (are(&[RunState::Reserve]), "in reserve"),
+        (are(&[RunState::Queued, RunState::Launching]), "launching"),
+        (are(&[RunState::Soaking]), "on probation"),
+    ] {
+        if count > 0 {
+            notes.push(format!("{count} {words}"));
+        }
     }
     (!notes.is_empty()).then(|| notes.join(", "))
 }
@@ -411,6 +420,7 @@ fn draining(run: &RunView, now: Moment) -> DrainingView {
         generation: run.id.generation,
         pid: run.pid,
         kill_in_ms: run.kill_at.map(|at| millis(at.since(now))),
+        state: run.state.as_str().to_owned(),
     }
 }
 

@@ -300,6 +300,7 @@ impl AppAim {
             last_lines: Vec::new(),
             replaced: Vec::new(),
             kept: Vec::new(),
+            restored: Vec::new(),
         };
         AppResult { app: self.app.clone(), ok, result: "failed".to_owned(), slots: 0, failure: Some(failure) }
     }

@@ -70,6 +70,7 @@ impl Shells {
                         Some(
                             AppOutcome::NotSaved { .. }
                             | AppOutcome::Skipped { .. }
+                            | AppOutcome::Unfit { .. }
                             | AppOutcome::HookFailed { done: None, .. },
                         )
                         | None => false,
@@ -127,6 +128,7 @@ mod tests {
             reason: ExitReason::NotReady,
             replaced: replaced.iter().map(|slot| Slot(*slot)).collect(),
             kept: Vec::new(),
+            rollback: None,
         }
     }
 

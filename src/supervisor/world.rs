@@ -23,7 +23,7 @@ use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
 use super::journal::Journal;
-use super::launch::FIRST_FD;
+use super::launch::{self, FIRST_FD};
 use super::listeners::{self, Listeners};
 use super::operations::Operations;
 use super::outcome::Witness;
@@ -42,11 +42,12 @@ use crate::logs::pump::{LogEvent, LogHandle};
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, PmId};
 use crate::model::moment::{Moment, millis};
+use crate::model::saved::StartedFrom;
 use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
 use crate::node::messages::{common_key, split_slot_key};
 use crate::policy::fleet::{AppView, Fleet};
-use crate::policy::vocabulary::{Action, Event, HookEnd, IdleConnections, RequestsInFlight, SlotView};
+use crate::policy::vocabulary::{Action, Event, HookEnd, IdleConnections, RequestsInFlight, Retry, SlotView};
 use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::child::WaitStatus;
@@ -188,6 +189,17 @@ pub struct Tools {
     pub blob: BlobMemory,
 }
 
+/// What the fleet hears at once of a start.
+fn begun(id: InstanceId, started: Result<StartedFrom, start::NotStarted>) -> Event {
+    match started {
+        Ok(from) => Event::StartedFrom { id, from },
+        Err(start::NotStarted { error, retry }) => {
+            tracing::warn!(instance = %id, %error, "not started");
+            Event::SpawnFailed { id, error, retry }
+        }
+    }
+}
+
 impl World {
     /// A world without any run.
     #[must_use]
@@ -315,13 +327,22 @@ impl World {
             Action::Spawn { id, pm_id, spec, revision } => {
                 let shell = shells.get(&id.app).cloned().unwrap_or_default();
                 self.listen_timeouts.insert(id.app.clone(), spec.ready.listen_timeout);
-                match self.start(&id, pm_id, &spec, revision, &shell) {
-                    Ok(()) => Vec::new(),
-                    Err(start::NotStarted { error, retry }) => {
-                        tracing::warn!(instance = %id, %error, "not started");
-                        vec![Event::SpawnFailed { id, error, retry }]
-                    }
-                }
+                let started = self.start(&id, pm_id, &spec, revision, &shell);
+                vec![begun(id, started)]
+            }
+            Action::SpawnFrom { id, pm_id, spec, revision, from } => {
+                let shell = shells.get(&id.app).cloned().unwrap_or_default();
+                let started = match launch::as_it_was(&spec, &from) {
+                    Ok(spec) => self.start(&id, pm_id, &Arc::new(spec), revision, &shell),
+                    // What the paths lead to now is what its restarts go on with, as after a crash.
+                    Err(error) => Err(start::NotStarted { error: error.to_string(), retry: Retry::Backoff }),
+                };
+                vec![begun(id, started)]
+            }
+            Action::Preflight { app, check, spec } => {
+                let shell = shells.get(&app).cloned().unwrap_or_default();
+                let fault = launch::check(&spec, &shell).err().map(|error| error.to_string());
+                vec![Event::Checked { app, check, fault }]
             }
             Action::TakeOver { app, spec, revision } => {
                 self.follow(&app, &spec, revision);
@@ -409,7 +430,9 @@ impl World {
         self.listen_timeouts.insert(app.clone(), spec.ready.listen_timeout);
         for (id, run) in &mut self.runs {
             if id.app == *app && run.tag.revision == revision {
-                run.spec = Arc::clone(spec);
+                // How it says that it is ready was settled when it was spawned.
+                let ready = run.spec.ready.clone();
+                run.spec = Arc::new(AppSpec { ready, ..AppSpec::clone(spec) });
             }
         }
     }
@@ -522,6 +545,10 @@ impl World {
     fn forget(&mut self, id: &InstanceId) {
         let Some(run) = self.runs.remove(id) else { return };
         self.stop_probing(id);
+        // A release that did not come to stay leaves the file to the one that does.
+        let other = self.runs.iter().filter(|(other, _)| other.app == id.app && other.slot == id.slot);
+        let newest = other.max_by_key(|(other, _)| other.generation);
+        let left = newest.and_then(|(_, run)| run.process);
         for ear in &run.ears {
             ear.abort();
         }
@@ -535,7 +562,10 @@ impl World {
             // Only our own run's file: a successor has written its pid there by now.
             let pid_file = self.pid_file(&id.app, run.tag.pm_id);
             if std::fs::read_to_string(&pid_file).is_ok_and(|text| text.trim() == pid.to_string()) {
-                let _ = std::fs::remove_file(pid_file);
+                match left {
+                    Some(process) => self.write_pid_file(&id.app, run.tag.pm_id, process.pid.unsigned_abs()),
+                    None => drop(std::fs::remove_file(pid_file)),
+                }
             }
         }
         self.tell_keeper(&ToKeeper::ReleasePrefix { prefix: run.tag.held_prefix() });

@@ -115,12 +115,12 @@ fn reloading() -> Vec<Reply> {
         step(0, 4, StepKind::Queued),
         step(0, 4, StepKind::Launching),
         step(0, 4, StepKind::Spawned { pid: 4100 }),
-        step(0, 4, StepKind::Ready { after_ms: 120 }),
+        step(0, 4, StepKind::Ready { after_ms: 120, lived: false }),
         step(0, 3, StepKind::Draining),
         step(0, 3, StepKind::Signalled { signal: "SIGINT".to_owned() }),
         step(0, 3, gone(35, false, "exit code 0")),
         step(1, 4, StepKind::Launching),
-        step(1, 4, StepKind::Ready { after_ms: 1_500 }),
+        step(1, 4, StepKind::Ready { after_ms: 1_500, lived: false }),
         step(1, 3, StepKind::Draining),
         step(1, 3, gone(10_040, true, "SIGKILL")),
         done("reloaded", 2),
@@ -203,7 +203,7 @@ fn a_restart_in_place_is_announced_and_tells_its_downtime() {
                 step(0, 1, StepKind::Signalled { signal: "SIGINT".to_owned() }),
                 step(0, 1, gone(3, false, "SIGINT")),
                 step(0, 2, StepKind::Launching),
-                step(0, 2, StepKind::Ready { after_ms: 100 }),
+                step(0, 2, StepKind::Ready { after_ms: 100, lived: false }),
                 done("reloaded", 1),
             ]
         })
@@ -227,6 +227,7 @@ fn a_failed_release_shows_its_last_words() {
             ],
             replaced: vec![],
             kept: vec![Slot(0), Slot(1)],
+            restored: Vec::new(),
         };
         vec![
             step(0, 4, StepKind::Launching),
@@ -355,7 +356,12 @@ fn detail() -> InstanceDetail {
             rss: 52_428_800,
             pss: 31_457_280,
         }],
-        draining: vec![DrainingView { generation: Generation(2), pid: Some(3999), kill_in_ms: Some(8_500) }],
+        draining: vec![DrainingView {
+            generation: Generation(2),
+            pid: Some(3999),
+            kill_in_ms: Some(8_500),
+            state: "draining".to_owned(),
+        }],
         env: [("NODE_ENV", "production"), ("TOKEN", pm::ipc::protocol::MASK)]
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .into(),

@@ -264,10 +264,11 @@ fn a_reload_that_fails_after_the_supervisor_died_still_says_so() {
 fn a_kill_whose_supervisor_dies_ends_the_daemon_and_keeps_its_list() {
     let home = Home::new();
     home.write(
-        "slow.sh",
-        "trap 'until [ -e go ]; do sleep 0.05; done; exit 0' INT\nwhile :; do sleep 0.05; done\n",
+        "slow.js",
+        "process.on('SIGINT', () => setInterval(() => require('fs').existsSync('go') && process.exit(0), 20));\n\
+         setInterval(() => {}, 1000);\n",
     );
-    home.start("[[apps]]\nname = 'slow'\nscript = 'slow.sh'\nkill_timeout = '60s'\n");
+    home.start("[[apps]]\nname = 'slow'\nscript = 'slow.js'\nkill_timeout = '60s'\n");
     let running = super::support::home::Running::start(home.command(&["kill"]), b"");
     wait_until("it is stopping", SOON, || {
         let status = home.statuses("slow");

@@ -40,6 +40,7 @@ mod serve;
 mod sockets;
 mod start_list;
 mod stopping;
+mod strategies;
 mod support;
 mod surprises;
 mod targets;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use pm::model::exit::ExitReason;
 use pm::model::id::{AppName, Slot};
 use pm::model::signal::Signal;
-use pm::model::spec::{AppSpec, Dependency, Share};
+use pm::model::spec::{AppSpec, Dependency, OnFailure, Share, Strategy};
 use pm::policy::vocabulary::{Command, Selected, Verb};
 
 use crate::behaviour::{Behaviour, millis, secs};
@@ -87,10 +87,23 @@ fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -
     if rng.chance(15) {
         spec.hooks = specs::hooks();
     }
-    match rng.below(10) {
+    match rng.below(8) {
+        0 => spec.reload.on_failure = OnFailure::Abort,
+        1 | 2 => spec.reload.reserve = false,
+        3 => spec.reload.strategy = Strategy::BlueGreen,
+        _ => {}
+    }
+    match rng.below(8) {
+        0 => spec.reload.min_healthy = millis(rng.below(3000)),
+        1 => spec.reload.max_draining = Some(1),
+        2 => (spec.reload.max_draining, spec.reload.max_surge) = (Some(2), Share::Count(3)),
+        _ => {}
+    }
+    match rng.below(11) {
         0 => spec.reload.max_surge = Share::Count(2),
         1 => (spec.reload.max_surge, spec.reload.max_unavailable) = (Share::Count(0), Share::Count(1)),
         2 => spec.reload.max_unavailable = Share::Count(1),
+        10 => spec.reload.max_surge = Share::Percent(100),
         3 => spec.restart.autorestart = false,
         4 => spec.restart.restart_delay = Some(secs(rng.below(4))),
         5 => spec.restart.max_restarts = 2,

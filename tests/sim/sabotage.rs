@@ -3,7 +3,7 @@
 //! Each must be found by the invariants within the random sequences; a bug that is not found would mean that the
 //! simulation watches nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use pm::model::id::{AppName, Generation, InstanceId, OpId, Slot};
@@ -74,6 +74,14 @@ pub(crate) enum Bug {
     TwoHooks,
     /// The end of a hook is never heard of.
     LoseHooks,
+    /// What is out of rotation comes back before anybody says so: from reserve, or on its way out.
+    ComesBack,
+    /// Whoever comes back from reserve gets no connections.
+    NoWayBack,
+    /// A new worker gets connections as soon as it listens, whatever it has to wait for.
+    Impatient,
+    /// What cannot be started again is taken down all the same.
+    BlindToFaults,
 }
 
 /// The bug and what it needs to know.
@@ -85,6 +93,9 @@ pub(crate) struct Sabotage {
     lied: Vec<OpId>,
     lie: Option<(OpId, AppName)>,
     pub(crate) skipped: Vec<InstanceId>,
+    /// Runs that were put in once.
+    known: BTreeSet<InstanceId>,
+    listens: Option<InstanceId>,
 }
 
 impl Sabotage {
@@ -96,6 +107,8 @@ impl Sabotage {
             lied: Vec::new(),
             lie: None,
             skipped: Vec::new(),
+            known: BTreeSet::new(),
+            listens: None,
         }
     }
 
@@ -136,6 +149,13 @@ impl Sabotage {
                 }
                 vec![Event::Asked { op, command }]
             }
+            (Bug::BlindToFaults, Event::Checked { app, check, fault: _ }) => {
+                vec![Event::Checked { app, check, fault: None }]
+            }
+            (Bug::Impatient, Event::Listening { id, key }) => {
+                self.listens = Some(id.clone());
+                vec![Event::Listening { id, key }]
+            }
             (_, event) => vec![event],
         }
     }
@@ -155,6 +175,11 @@ impl Sabotage {
             self.lied.push(op);
             let apps = vec![(app, AppOutcome::Done { what: "stopped", slots: 1 })];
             out.push(Action::Reply { op, outcome: Outcome::Done { apps } });
+        }
+        if let Some(id) = self.listens.take()
+            && !out.iter().any(|action| matches!(action, Action::PutIn { id: other } if *other == id))
+        {
+            out.push(Action::PutIn { id });
         }
         *actions = out;
     }
@@ -242,6 +267,15 @@ impl Sabotage {
                 }
                 out.push(Action::Reply { op, outcome });
             }
+            (Bug::NoWayBack, Action::PutIn { id }) => {
+                if self.known.insert(id.clone()) {
+                    out.push(Action::PutIn { id });
+                }
+            }
+            (Bug::ComesBack, Action::TakeOut { id }) => {
+                out.push(Action::TakeOut { id: id.clone() });
+                out.push(Action::PutIn { id });
+            }
             (Bug::CloseEarly, Action::PutIn { id }) => {
                 let app = id.app.clone();
                 out.push(Action::PutIn { id });
@@ -254,6 +288,7 @@ impl Sabotage {
     /// What a new supervisor is told.
     pub(crate) fn restore(&mut self, saved: &mut SavedFleet, found: &mut Vec<Found>) {
         self.serving.clear();
+        self.known.clear();
         match self.bug {
             Bug::StartStopped => {
                 let kept = saved.apps.iter_mut().filter(|app| app.operation.is_none());
@@ -300,6 +335,10 @@ fn every_planted_bug_is_found() {
         Bug::SkipHooks,
         Bug::TwoHooks,
         Bug::LoseHooks,
+        Bug::ComesBack,
+        Bug::NoWayBack,
+        Bug::Impatient,
+        Bug::BlindToFaults,
     ] {
         match first_breach(bug, 0..2000) {
             Some((seed, why)) => println!("{bug:?}: seed {seed}: {why}"),

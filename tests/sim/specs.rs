@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use pm::model::id::AppName;
 use pm::model::spec::{
-    AppSpec, Check, CommandSpec, ExecMode, Hook, Hooks, ListenAddress, ListenSpec, OnFailure, Probe, Runtime,
-    StopMethod,
+    AppSpec, Check, CommandSpec, ExecMode, Hook, Hooks, ListenAddress, ListenSpec, Probe, Runtime, StopMethod,
 };
 
 /// What a spec is like, as far as policy cares.
@@ -74,7 +73,6 @@ pub(crate) fn spec(app: &str, like: Like, instances: u32) -> AppSpec {
     spec.ready.wait_ready = matches!(like, Like::PoliteWorkers | Like::Inheriting);
     spec.ready.listen_timeout = Duration::from_secs(5);
     spec.stop.method = if like == Like::BareWorkers { StopMethod::Disconnect } else { StopMethod::Signal };
-    spec.reload.on_failure = OnFailure::Abort;
     spec.agent = like != Like::BareWorkers;
     if matches!(like, Like::Probed | Like::ProbedWorkers) {
         let probe = |interval, threshold| Probe {

@@ -6,20 +6,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pm::model::exit::ExitReason;
 use pm::model::id::{AppName, InstanceId, OpId, Slot};
 use pm::model::moment::Moment;
-use pm::model::saved::{Desired, Found, HookKind, Memo, SavedApp, SavedFleet};
+use pm::model::saved::{Desired, Found, HookKind, Memo, SavedApp, SavedFleet, StartedFile, StartedFrom};
 use pm::model::signal::Signal;
-use pm::model::spec::{AppSpec, Dependency, Hooks, ReloadRules};
+use pm::model::spec::{AppSpec, Dependency, Hooks, ReloadRules, Strategy};
 use pm::model::status::Status;
 use pm::policy::fleet::{AppView, Fleet, Settings};
 use pm::policy::news::{News, What};
-use pm::policy::vocabulary::{Action, AppOutcome, Command, Event, Outcome, SaveId, Selected, Step, Verb};
-use pm::policy::vocabulary::{Health, HookEnd, ProbeResult, ProbeRole, SlotView};
+use pm::policy::vocabulary::{
+    Action, AppOutcome, Command, Event, Health, HookEnd, Outcome, ProbeResult, ProbeRole, Retry, Rollback,
+    RunState, SaveId, Selected, SlotView, Step, Verb,
+};
 
 use crate::behaviour::{Behaviour, millis, secs};
 use crate::rng::Rng;
@@ -75,6 +78,11 @@ pub(crate) struct Proc {
 }
 
 impl Proc {
+    /// How it says that it is ready was settled when it was spawned.
+    fn follow(&mut self, spec: &AppSpec) {
+        self.spec = Arc::new(AppSpec { ready: self.spec.ready.clone(), ..spec.clone() });
+    }
+
     pub(crate) fn alive(&self) -> bool {
         self.pid.is_some() && self.exited.is_none()
     }
@@ -158,6 +166,12 @@ pub(crate) struct World {
     pids: u32,
     /// Which version of its files an app has, and how that behaves.
     pub(crate) files: BTreeMap<AppName, (u32, Behaviour)>,
+    /// Versions that are there beside the present one, as `releases/1` is.
+    releases: BTreeMap<(AppName, u32), Behaviour>,
+    /// What serves of an app that could not be started again just now, and is not to be touched.
+    unfit: BTreeMap<AppName, BTreeSet<InstanceId>>,
+    /// How many of each app were in rotation after the last turn.
+    in_rotation: BTreeMap<AppName, usize>,
     pub(crate) rng: Rng,
     pub(crate) unkind: Unkind,
     pub(crate) sabotage: Sabotage,
@@ -214,6 +228,9 @@ impl World {
             seq: 0,
             pids: 100,
             files: BTreeMap::new(),
+            releases: BTreeMap::new(),
+            unfit: BTreeMap::new(),
+            in_rotation: BTreeMap::new(),
             rng: Rng::new(seed),
             unkind: Unkind::default(),
             sabotage: Sabotage::new(Bug::None),
@@ -281,11 +298,20 @@ impl World {
         self.files.insert(name(app), (version, behaviour));
     }
 
+    /// The same, beside the files there are: `current` leads to another release.
+    pub(crate) fn release(&mut self, app: &str, behaviour: Behaviour) {
+        if let Some((version, old)) = self.files.get(&name(app)).cloned() {
+            self.releases.insert((name(app), version), old);
+        }
+        self.deploy(app, behaviour);
+    }
+
     pub(crate) fn ask(&mut self, command: Command) -> OpId {
         self.ops += 1;
         let op = OpId(self.ops);
         if self.fleet.is_some() && !self.quit {
             self.open.insert(op, (self.now, command.clone()));
+            self.unfit.retain(|app, _| !concerns(&command, app));
             self.down.retain(|(app, _)| !concerns(&command, app) || is_end(&command));
             self.last_op = Some(op);
             self.turn(Event::Asked { op, command });
@@ -385,7 +411,11 @@ impl World {
             write!(text, "{separator}{}: {}{version}", slot.slot, slot.status).unwrap();
             for other in &slot.draining {
                 let version = self.procs.get(&other.id).map_or(0, |proc| proc.version);
-                write!(text, " + {} v{version}", other.status).unwrap();
+                let state = match other.state {
+                    RunState::Reserve | RunState::Soaking => other.state.as_str(),
+                    _ => other.status.as_str(),
+                };
+                write!(text, " + {state} v{version}").unwrap();
             }
         }
         text
@@ -400,12 +430,21 @@ impl World {
         let of_app = |outcome: &AppOutcome| match outcome {
             AppOutcome::Done { what, .. } => (*what).to_owned(),
             AppOutcome::Already { what } => format!("already {what}"),
-            AppOutcome::Failed { id, reason, replaced, kept } => {
-                format!("failed: {} {reason}, {} replaced, {} kept", id.slot, replaced.len(), kept.len())
+            AppOutcome::Failed { id, reason, replaced, kept, rollback } => {
+                let mut text =
+                    format!("failed: {} {reason}, {} replaced, {} kept", id.slot, replaced.len(), kept.len());
+                if let Some(Rollback { restored, failed }) = rollback.as_deref() {
+                    write!(text, ", {} restored", restored.len()).unwrap();
+                    if let Some((id, reason)) = failed {
+                        write!(text, ", {} did not come back: {reason}", id.slot).unwrap();
+                    }
+                }
+                text
             }
             AppOutcome::HookFailed { hook, why, done, .. } => {
                 format!("{}hook {hook} failed: {why}", done.map_or(String::new(), |done| format!("{done}, ")))
             }
+            AppOutcome::Unfit { why } => format!("unfit: {why}"),
             AppOutcome::Superseded { by } => format!("superseded by {by}"),
             AppOutcome::Waiting { on, why } => format!("waiting for {on}, which {why}"),
             AppOutcome::Skipped { on } => format!("skipped after {on}"),
@@ -600,6 +639,8 @@ impl World {
         }
         self.died = true;
         self.note("--- the supervisor dies");
+        self.unfit.clear();
+        self.in_rotation.clear();
         // What was on its way to the keeper arrives; what only the supervisor would have heard is gone. A save in
         // flight may be on disk or not.
         let agenda = std::mem::take(&mut self.agenda);
@@ -637,6 +678,7 @@ impl World {
     pub(crate) fn reboot(&mut self) {
         self.died = true;
         self.note("--- reboot");
+        self.in_rotation.clear();
         self.fleet = None;
         self.procs.clear();
         self.agenda.clear();
@@ -664,6 +706,14 @@ impl World {
         self.note("--- a supervisor starts");
         let forgets = self.rng.chance(self.unkind.forgets);
         let memo = if forgets { None } else { self.memo.clone() };
+        // It knows runs by their release, whose rules may have been saved without having been taken over.
+        for (id, proc) in &mut self.procs {
+            let app =
+                self.disk.apps.iter().find(|app| app.spec.name == id.app && app.revision == proc.revision);
+            if let Some(app) = app {
+                proc.follow(&app.spec);
+            }
+        }
         for proc in self.procs.values_mut() {
             proc.exit_told = proc.exited.is_some();
             proc.believed |= memo.is_none();
@@ -796,7 +846,7 @@ impl World {
         let views = self.fleet.iter().flat_map(Fleet::view);
         let slots = views.flat_map(|view| view.slots);
         let runs = slots.flat_map(|slot| slot.current.into_iter().chain(slot.draining));
-        runs.filter(|run| run.status == Status::Online).map(|run| run.id).collect()
+        runs.filter(|run| run.state == RunState::Online).map(|run| run.id).collect()
     }
 
     /// What an app needs is up before anything of it is started from rest.
@@ -915,13 +965,44 @@ impl World {
                 }
                 self.later(span, Happening::SaveEnds(save, state));
             }
-            Action::Spawn { id, spec, revision, .. } => self.spawn(id, spec, revision),
             Action::TakeOver { app, spec, revision } => {
                 for (_, proc) in
                     self.procs.iter_mut().filter(|(id, proc)| id.app == app && proc.revision == revision)
                 {
-                    proc.spec = Arc::new(AppSpec { ready: proc.spec.ready.clone(), ..AppSpec::clone(&spec) });
+                    proc.follow(&spec);
                 }
+            }
+            Action::Spawn { id, spec, revision, .. } => {
+                // What cannot be started is known of the files as they were.
+                self.unfit.remove(&id.app);
+                let version = self.files.get(&id.app).map_or(1, |(version, _)| *version);
+                self.spawn(id.clone(), spec, revision, version);
+                let from = started_from(version);
+                self.later(millis(0), Happening::Hears(Event::StartedFrom { id, from }));
+            }
+            Action::SpawnFrom { id, spec, revision, from, .. } => {
+                let version = version_of(&from);
+                let present = self.files.get(&id.app).map_or(1, |(version, _)| *version);
+                self.spawn(id.clone(), spec, revision, version);
+                if version == present || self.releases.contains_key(&(id.app.clone(), version)) {
+                    let from = StartedFrom::clone(&from);
+                    self.later(millis(0), Happening::Hears(Event::StartedFrom { id, from }));
+                } else if let Some(proc) = self.procs.get_mut(&id) {
+                    // The files have changed.
+                    proc.behaviour.no_spawn = Some(Retry::Backoff);
+                }
+            }
+            Action::Preflight { app, check, spec: _ } => {
+                let missing = self.files.get(&app).is_some_and(|(_, files)| files.no_spawn.is_some());
+                let fault = if self.unkind.moody { self.rng.chance(8) } else { missing };
+                self.unfit.remove(&app);
+                let others = self.open.values().filter(|(_, command)| concerns(command, &app)).count() > 1;
+                if fault && !others {
+                    let serves = self.procs.iter().filter(|(id, proc)| id.app == app && proc.serves());
+                    self.unfit.insert(app.clone(), serves.map(|(id, _)| id.clone()).collect());
+                }
+                let fault = fault.then(|| String::from("no such directory"));
+                self.later(millis(0), Happening::Hears(Event::Checked { app, check, fault }));
             }
             Action::Reply { op, outcome } => self.replied(op, outcome),
             Action::Progress { op, step } => self.steps.push((op, step)),
@@ -1155,7 +1236,7 @@ impl World {
         self.later(millis(4), Happening::TreeGoes(id));
     }
 
-    fn spawn(&mut self, id: InstanceId, spec: Arc<AppSpec>, revision: u64) {
+    fn spawn(&mut self, id: InstanceId, spec: Arc<AppSpec>, revision: u64, version: u32) {
         self.spawns += 1;
         let saved = self.disk.apps.iter().find(|app| app.spec.name == id.app);
         let wanted = saved.and_then(|app| app.slots.get(id.slot.0 as usize));
@@ -1195,15 +1276,18 @@ impl World {
         if !self.spawned.insert(id.clone()) {
             return broken!(self, "{id} runs twice");
         }
-        let overlap = spec.can_overlap();
         let running = self.procs.iter().any(|(other, proc)| {
             let same = other.app == id.app && other.slot == id.slot;
+            // One of a pair that can is enough: what a reload has put side by side may go back in the same way.
+            let overlap = spec.can_overlap() || proc.spec.can_overlap();
             same && !proc.tree_gone && (!overlap || (proc.exited.is_some() && !proc.ladder))
         });
         if running {
             return broken!(self, "{id} is started before its predecessor is gone");
         }
-        let (version, behaviour) = self.files.get(&id.app).cloned().unwrap_or((1, Behaviour::default()));
+        let present = self.files.get(&id.app).filter(|(present, _)| *present == version);
+        let released = self.releases.get(&(id.app.clone(), version));
+        let behaviour = present.map(|(_, files)| files).or(released).cloned().unwrap_or_default();
         let behaviour = if self.unkind.moody { Behaviour::random(&mut self.rng) } else { behaviour };
         self.procs.insert(
             id.clone(),
@@ -1306,16 +1390,25 @@ impl World {
         let of_app = self.procs.iter().filter(|(id, _)| id.app == *app).map(|(_, proc)| &proc.spec.reload);
         let instances = view.spec.instances;
         let surge = |rules: &ReloadRules| {
-            let surge = rules.max_surge.of_up(instances);
+            let surge = match rules.strategy {
+                Strategy::Rolling => rules.max_surge.of_up(instances),
+                Strategy::BlueGreen => instances,
+            };
             if rules.max_unavailable.of_down(instances) == 0 { surge.max(1) } else { surge }
         };
-        let surge = of_app.map(surge).max().unwrap_or(0);
+        // And the way back goes by the rules of the release that has failed.
+        let surge = of_app.chain([&view.spec.reload]).map(surge).max().unwrap_or(0);
         let limit = view.slots.len() + surge as usize;
         let count = self
             .procs
             .iter()
             .filter(|(id, proc)| {
-                id.app == *app && proc.exited.is_none() && proc.signalled_at.is_none() && !proc.signal_lost
+                // What is kept in reserve comes on top.
+                id.app == *app
+                    && proc.exited.is_none()
+                    && proc.signalled_at.is_none()
+                    && !proc.signal_lost
+                    && state_of(&view, id) != Some(RunState::Reserve)
             })
             .count();
         if count > limit {
@@ -1325,6 +1418,9 @@ impl World {
 
     /// In a reload nothing that serves is taken away unless enough others do, or its successor does.
     fn check_takedown(&mut self, id: &InstanceId) {
+        if self.unfit.get(&id.app).is_some_and(|serving| serving.contains(id)) {
+            return broken!(self, "{id} is taken down although nothing could be started in its place");
+        }
         // A supervisor without its memory cannot know which of them have been serving.
         let believes = self.procs.iter().any(|(other, proc)| other.app == id.app && proc.believed);
         if believes || !self.procs.get(id).is_some_and(Proc::serves) {
@@ -1349,7 +1445,7 @@ impl World {
             .collect();
         let saved = self.fleet.as_ref().map(Fleet::saved).unwrap_or_default();
         let meant = saved.apps.iter().filter(|app| app.spec.name == id.app).flat_map(|app| &app.slots);
-        let meant = meant.take(view.spec.instances as usize);
+        let meant = meant.take(promised(&view, &saved) as usize);
         let given_up = |status| matches!(status, Status::Errored | Status::Stopped);
         let rows = view.slots.iter().map(|row| given_up(row.status));
         let meant = meant.zip(rows).filter(|(slot, gone)| slot.desired == Desired::Running && !gone).count();
@@ -1398,7 +1494,7 @@ impl World {
         view.slots
             .iter()
             .flat_map(|slot| slot.current.iter().chain(&slot.draining))
-            .any(|run| run.id == *id && run.status == Status::Online)
+            .any(|run| run.id == *id && run.state == RunState::Online)
     }
 
     /// It had been put into rotation: what is still launching is no loss.
@@ -1418,7 +1514,8 @@ impl World {
         let Some(fleet) = &self.fleet else { return };
         let mut rows: BTreeMap<InstanceId, Status> = BTreeMap::new();
         let mut lies = None;
-        for view in fleet.view() {
+        let views = fleet.view();
+        for view in &views {
             for slot in &view.slots {
                 for run in slot.current.iter().chain(&slot.draining) {
                     rows.insert(run.id.clone(), run.status);
@@ -1428,7 +1525,10 @@ impl World {
                         }
                         continue;
                     };
-                    if run.status == Status::Online {
+                    if proc.put_in && run.state != RunState::Online {
+                        lies = Some(format!("{} gets connections, but it is {}", run.id, run.state.as_str()));
+                    }
+                    if run.state == RunState::Online {
                         if proc.exited.is_none() && !proc.may_serve() {
                             lies = Some(format!("{} is online, but never said so", run.id));
                         }
@@ -1448,6 +1548,58 @@ impl World {
         }
         if let Some(lie) = lies {
             self.break_promise(lie);
+        }
+        self.check_floor(&views);
+    }
+
+    /// However a reload goes about it: as long as nothing dies by itself, the number of those in rotation does not fall
+    /// below `instances - max_unavailable`.
+    fn check_floor(&mut self, views: &[AppView]) {
+        let Some(fleet) = &self.fleet else { return };
+        if views.iter().all(|view| view.operation != Some("reload")) {
+            self.in_rotation.clear();
+            return;
+        }
+        let saved = fleet.saved();
+        let before = std::mem::take(&mut self.in_rotation);
+        let mut fallen = None;
+        for view in views {
+            let name = &view.spec.name;
+            let mine = || self.procs.iter().filter(|(id, _)| id.app == *name);
+            if view.operation != Some("reload")
+                || !mine().all(|(_, proc)| proc.spec.can_overlap() && !proc.believed)
+                || !view.spec.can_overlap()
+            {
+                continue;
+            }
+            // Nothing is promised of slots that the release gives up.
+            let stay = view.slots.iter().filter(|slot| slot.slot.0 < view.spec.instances);
+            let runs = stay.flat_map(|slot| slot.current.iter().chain(&slot.draining));
+            let now = runs.filter(|run| run.state == RunState::Online).count();
+            // A crash takes one away, and so does an app that ends for good or a slot that is given up.
+            let died = mine().any(|(_, proc)| proc.exited.is_some() && !proc.ladder);
+            let wanted = saved.apps.iter().find(|app| app.spec.name == *name);
+            let stopped = wanted.is_none_or(|app| {
+                app.slots.len() != app.spec.instances as usize
+                    || app.slots.iter().any(|slot| slot.desired == Desired::Stopped)
+            });
+            // What was given up would hold up every reload for ever.
+            let given_up = |row: &&SlotView| matches!(row.status, Status::Errored | Status::Stopped);
+            let given_up = u32::try_from(view.slots.iter().filter(given_up).count()).unwrap();
+            let missing = view.spec.reload.max_unavailable.of_down(view.spec.instances) + given_up;
+            let least = promised(view, &saved).saturating_sub(missing);
+            if let Some(before) = before.get(name)
+                && now < *before
+                && now < least as usize
+                && !died
+                && !stopped
+            {
+                fallen = Some(format!("{name}: {before} were in rotation, now {now}; {least} are promised"));
+            }
+            self.in_rotation.insert(name.clone(), now);
+        }
+        if let Some(fallen) = fallen {
+            self.break_promise(fallen);
         }
     }
 
@@ -1513,6 +1665,29 @@ impl World {
             self.broken = Some(Broken(why));
         }
     }
+}
+
+fn state_of(view: &AppView, id: &InstanceId) -> Option<RunState> {
+    let mut runs = view.slots.iter().flat_map(|slot| slot.current.iter().chain(&slot.draining));
+    runs.find(|run| run.id == *id).map(|run| run.state)
+}
+
+/// How many instances the promise is about: no more than the release has that a failed one goes back to.
+fn promised(view: &AppView, saved: &SavedFleet) -> u32 {
+    let app = saved.apps.iter().find(|app| app.spec.name == view.spec.name);
+    let before = app.and_then(|app| app.previous.as_ref()).map(|(spec, _)| spec.instances);
+    view.spec.instances.min(before.unwrap_or(u32::MAX))
+}
+
+/// What tells the files of one version from those of another.
+fn started_from(version: u32) -> StartedFrom {
+    let path = PathBuf::from("/srv/app.js");
+    let script = StartedFile { path, device: 1, inode: 1, size: u64::from(version), modified: 0 };
+    StartedFrom { cwd: PathBuf::from("/srv"), script: Some(script) }
+}
+
+fn version_of(from: &StartedFrom) -> u32 {
+    from.script.as_ref().map_or(0, |script| u32::try_from(script.size).unwrap())
 }
 
 fn selection<'a>(command: &'a Command, app: &AppName) -> Option<&'a Vec<Slot>> {

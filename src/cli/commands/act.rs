@@ -31,23 +31,7 @@ pub(super) fn without_file(verb: Verb, args: Act, context: &mut Context) -> Resu
 
 /// `restart` and `reload`: a config file also brings what it says now.
 pub(super) fn with_file(verb: Verb, args: ActFile, context: &mut Context) -> Result<(), CliError> {
-    check_file_options(&args.targets, &args.file)?;
-    let mut targets = Vec::new();
-    let mut specs: Vec<AppSpec> = Vec::new();
-    let mut start_parallelism = None;
-    for target in args.targets {
-        if specs::is_config(&target) {
-            let file = context.specs_of(&target, &args.file, Wording::of(verb).verb)?;
-            specs.extend(file.apps);
-            start_parallelism = file.start_parallelism.or(start_parallelism);
-        } else {
-            targets.push(target);
-        }
-    }
-    // Names of the files' apps beside other targets would otherwise be left out.
-    if !targets.is_empty() {
-        targets.extend(specs.iter().map(|spec| spec.name.to_string()));
-    }
+    let Chosen { targets, specs, start_parallelism } = Chosen::by(verb, &args, context)?;
     let mut session = if specs.is_empty() {
         let Some(session) = context.session()? else { return nothing_there(&targets, context) };
         session
@@ -60,6 +44,34 @@ pub(super) fn with_file(verb: Verb, args: ActFile, context: &mut Context) -> Res
     let done = operate(request, &Wording::of(verb), args.waiting.no_wait, &mut session, context)?;
     let apps: BTreeSet<_> = apps_of(done.as_ref());
     show_table(&apps, &mut session, context)
+}
+
+/// What targets come to: what exists, and what files say.
+pub(super) struct Chosen {
+    pub(super) targets: Vec<String>,
+    pub(super) specs: Vec<AppSpec>,
+    start_parallelism: Option<u32>,
+}
+
+impl Chosen {
+    pub(super) fn by(verb: Verb, args: &ActFile, context: &mut Context) -> Result<Self, CliError> {
+        check_file_options(&args.targets, &args.file)?;
+        let mut chosen = Self { targets: Vec::new(), specs: Vec::new(), start_parallelism: None };
+        for target in &args.targets {
+            if specs::is_config(target) {
+                let file = context.specs_of(target, &args.file, Wording::of(verb).verb)?;
+                chosen.specs.extend(file.apps);
+                chosen.start_parallelism = file.start_parallelism.or(chosen.start_parallelism);
+            } else {
+                chosen.targets.push(target.clone());
+            }
+        }
+        // Names of the files' apps beside other targets would otherwise be left out.
+        if !chosen.targets.is_empty() {
+            chosen.targets.extend(chosen.specs.iter().map(|spec| spec.name.to_string()));
+        }
+        Ok(chosen)
+    }
 }
 
 fn check_file_options(targets: &[String], options: &FileOptions) -> Result<(), CliError> {

@@ -15,6 +15,7 @@ mod logs;
 mod origin;
 mod pid;
 mod ping;
+mod reload_plan;
 mod reset;
 mod save;
 mod scale;
@@ -28,7 +29,7 @@ use std::io;
 use std::time::Instant;
 
 use super::Context;
-use super::args::Command;
+use super::args::{Command, Reload};
 use super::connect::{Outcome, Session};
 use super::error::{CliError, FailedApp, code};
 use super::interrupt::UnderWay;
@@ -52,8 +53,9 @@ pub fn run(command: Command, context: &mut Context) -> Result<u8, CliError> {
         Command::Stop(args) => act::without_file(Verb::Stop, args, context).map(done),
         Command::Delete(args) => act::without_file(Verb::Delete, args, context).map(done),
         Command::Restart(args) => act::with_file(Verb::Restart, args, context).map(done),
-        Command::Reload(args) => act::with_file(Verb::Reload, args, context).map(done),
         Command::Apply(args) => apply::run(&args, context),
+        Command::Reload(Reload { act, dry_run: true }) => reload_plan::run(act, context).map(done),
+        Command::Reload(Reload { act, .. }) => act::with_file(Verb::Reload, act, context).map(done),
         Command::List(args) => list::run(&args, context).map(done),
         Command::Jlist(args) => jlist::run(&args, jlist::Form::Json, context).map(done),
         Command::Prettylist(args) => jlist::run(&args, jlist::Form::Pretty, context).map(done),
@@ -228,6 +230,7 @@ fn failure(cause: &str) -> Failure {
         last_lines: Vec::new(),
         replaced: Vec::new(),
         kept: Vec::new(),
+        restored: Vec::new(),
     }
 }
 

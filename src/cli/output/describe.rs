@@ -45,13 +45,14 @@ pub fn print(detail: &InstanceDetail, zone: &TimeZone, terminal: &mut Terminal) 
         terminal.say(&table.to_string())?;
     }
     if !detail.draining.is_empty() {
-        title("Draining", terminal)?;
+        title("Other generations", terminal)?;
         let mut table = table(look);
-        table.set_header(["generation", "pid", "killed in"]);
+        table.set_header(["generation", "pid", "state", "killed in"]);
         for older in &detail.draining {
             table.add_row([
                 older.generation.to_string(),
                 older.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+                older.state.clone(),
                 older.kill_in_ms.map_or_else(|| "-".to_owned(), words::millis),
             ]);
         }

@@ -7,6 +7,7 @@ pub mod events;
 pub mod inspect;
 pub mod plan;
 pub mod progress;
+pub mod reload_plan;
 pub mod table;
 pub mod words;
 

@@ -55,12 +55,46 @@ struct Story {
 #[derive(Debug, Default)]
 struct Run {
     began: Option<Instant>,
-    ready: Option<(Instant, u64)>,
+    spawned: Option<Instant>,
+    ready: Option<Ready>,
     /// Since when it got no new requests.
     out: Option<Instant>,
     drained: bool,
     gone: Option<Gone>,
     failed: Option<String>,
+}
+
+/// When a run was ready, and how anybody knows.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    at: Instant,
+    after_ms: u64,
+    /// Nothing but having lived for that long says so.
+    lived: bool,
+}
+
+/// For how long nothing served in a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Downtime {
+    /// From the last request of the old run until the new one was ready.
+    Measured(Duration),
+    /// Until the new one ran; when it served is its own secret.
+    AtLeast(Duration),
+}
+
+impl Downtime {
+    const fn span(self) -> Duration {
+        match self {
+            Self::Measured(span) | Self::AtLeast(span) => span,
+        }
+    }
+
+    fn words(self) -> String {
+        match self {
+            Self::Measured(span) => format!("downtime {}", words::span(span)),
+            Self::AtLeast(span) => format!("downtime {} and its boot", words::span(span)),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -202,8 +236,10 @@ impl Progress {
                     words::millis(*longest)
                 ));
             }
-            if let Some(gap) = self.of(&app.app).filter_map(Story::downtime).max() {
-                line.push_str(&format!(", downtime {}", words::span(gap)));
+            if let Some(gap) =
+                self.of(&app.app).filter_map(Story::downtime).max_by_key(|downtime| downtime.span())
+            {
+                line.push_str(&format!(", {}", gap.words()));
             }
             terminal.say(&line)?;
             // In a pipe the steps have said it.
@@ -253,10 +289,21 @@ impl Story {
     fn record(&mut self, step: &StepView, now: Instant) {
         let run = self.runs.entry(step.generation).or_default();
         match &step.step {
-            StepKind::Queued | StepKind::Launching | StepKind::Spawned { .. } => {
+            StepKind::Queued | StepKind::Launching => {
                 run.began.get_or_insert(now);
             }
-            StepKind::Ready { after_ms } => run.ready = Some((now, *after_ms)),
+            StepKind::Spawned { .. } => {
+                run.began.get_or_insert(now);
+                run.spawned.get_or_insert(now);
+            }
+            StepKind::Ready { after_ms, lived } => {
+                run.ready = Some(Ready { at: now, after_ms: *after_ms, lived: *lived });
+            }
+            StepKind::Soaking { .. } => {}
+            StepKind::Restored => run.out = None,
+            StepKind::Reserved => {
+                run.out.get_or_insert(now);
+            }
             StepKind::Draining => {
                 run.out.get_or_insert(now);
                 run.drained = true;
@@ -281,7 +328,16 @@ impl Story {
             StepKind::Queued => "queued".to_owned(),
             StepKind::Launching => "launching".to_owned(),
             StepKind::Spawned { pid } => format!("launching, pid {pid}"),
-            StepKind::Ready { after_ms } => format!("ready after {}", words::millis(*after_ms)),
+            StepKind::Ready { after_ms, .. } => format!("{whose}ready after {}", words::millis(*after_ms)),
+            StepKind::Soaking { after_ms, span_ms } => {
+                format!(
+                    "ready after {}, on probation for {}",
+                    words::millis(*after_ms),
+                    words::millis(*span_ms)
+                )
+            }
+            StepKind::Reserved => format!("{whose}in reserve"),
+            StepKind::Restored => format!("{whose}back in rotation"),
             StepKind::Draining => format!("{whose}draining"),
             StepKind::Signalled { signal } => format!("{whose}got {signal}"),
             StepKind::Gone { after_ms, killed, reason } => {
@@ -305,11 +361,19 @@ impl Story {
 
     /// How long nothing served: from the old run's last request to the new one's readiness, where they did not
     /// overlap.
-    fn downtime(&self) -> Option<Duration> {
+    fn downtime(&self) -> Option<Downtime> {
         let mut runs = self.runs.values().rev();
         let (new, old) = (runs.next()?, runs.next()?);
-        let ((ready, _), out, began) = (new.ready?, old.out?, new.began?);
-        (out <= began).then(|| ready.saturating_duration_since(out))
+        let (ready, out, began) = (new.ready?, old.out?, new.began?);
+        if out > began {
+            return None;
+        }
+        let since = |at: Instant| at.saturating_duration_since(out);
+        // That it has lived for a second says that it works, not that it was away for a second.
+        Some(match new.spawned {
+            Some(spawned) if ready.lived => Downtime::AtLeast(since(spawned)),
+            Some(_) | None => Downtime::Measured(since(ready.at)),
+        })
     }
 
     /// The slot's story in one line.
@@ -319,8 +383,13 @@ impl Story {
         for (index, run) in self.runs.values().enumerate().rev() {
             if let Some(reason) = &run.failed {
                 parts.push(format!("failed: {reason}"));
-            } else if let (Some((_, after)), true) = (run.ready, index == newest) {
-                parts.push(format!("ready after {}", words::millis(after)));
+            } else if let (Some(ready), true) = (run.ready, index == newest) {
+                let after = words::millis(ready.after_ms);
+                parts.push(if ready.lived {
+                    format!("up for {after}")
+                } else {
+                    format!("ready after {after}")
+                });
             }
             if let (Some(gone), true) = (&run.gone, run.failed.is_none()) {
                 let whose = if index < newest { "old one " } else { "" };
@@ -328,7 +397,7 @@ impl Story {
             }
         }
         if let Some(gap) = self.downtime() {
-            parts.push(format!("downtime {}", words::span(gap)));
+            parts.push(gap.words());
         }
         parts.join(", ")
     }
@@ -373,7 +442,7 @@ mod tests {
     fn overlapping_generations_have_no_downtime_and_a_forced_end_says_so() {
         let story = story(&[
             (0, 2, StepKind::Launching),
-            (120, 2, StepKind::Ready { after_ms: 120 }),
+            (120, 2, StepKind::Ready { after_ms: 120, lived: false }),
             (121, 1, StepKind::Draining),
             (10_121, 1, gone(10_000, true)),
         ]);
@@ -386,12 +455,40 @@ mod tests {
             (0, 1, StepKind::Signalled { signal: "SIGINT".to_owned() }),
             (30, 1, gone(30, false)),
             (31, 2, StepKind::Launching),
-            (331, 2, StepKind::Ready { after_ms: 300 }),
+            (331, 2, StepKind::Ready { after_ms: 300, lived: false }),
         ]);
         assert_eq!(
             story.told(),
             "ready after 300 ms, old one gone after 30 ms (exit code 0), downtime 331 ms"
         );
+    }
+
+    #[test]
+    fn what_only_has_to_live_was_not_away_for_that_long() {
+        let story = story(&[
+            (0, 1, StepKind::Signalled { signal: "SIGINT".to_owned() }),
+            (30, 1, gone(30, false)),
+            (31, 2, StepKind::Launching),
+            (36, 2, StepKind::Spawned { pid: 7 }),
+            (1036, 2, StepKind::Ready { after_ms: 1000, lived: true }),
+        ]);
+        assert_eq!(
+            story.told(),
+            "up for 1.0 s, old one gone after 30 ms (exit code 0), downtime 36 ms and its boot"
+        );
+    }
+
+    #[test]
+    fn who_comes_back_from_reserve_was_not_away() {
+        let story = story(&[
+            (0, 2, StepKind::Launching),
+            (120, 2, StepKind::Ready { after_ms: 120, lived: false }),
+            (121, 1, StepKind::Reserved),
+            (300, 1, StepKind::Restored),
+            (301, 2, StepKind::Draining),
+            (310, 2, gone(9, false)),
+        ]);
+        assert_eq!(story.downtime(), None);
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl World {
         let spec = Arc::new(as_app(&order)?);
         tracing::info!(app = %id.app, hook = %kind, "hook runs");
         match self.start(id, *pm_id, &spec, 0, shell) {
-            Ok(()) => None,
+            Ok(_) => None,
             Err(NotStarted { error, .. }) => {
                 tracing::warn!(app = %id.app, hook = %kind, %error, "hook not started");
                 Some(Event::HookEnded { id: id.clone(), end: HookEnd::Failed(error) })

@@ -21,6 +21,7 @@ use crate::logs::pump::{Attachment, Pipe};
 use crate::logs::stamp::Stamp;
 use crate::logs::writer::Target;
 use crate::model::id::{InstanceId, PmId, Slot};
+use crate::model::saved::StartedFrom;
 use crate::model::spec::{AppSpec, Runtime, Stdin};
 use crate::policy::vocabulary::Retry;
 use crate::store::state::Shell;
@@ -88,7 +89,7 @@ impl World {
         spec: &Arc<AppSpec>,
         revision: u64,
         shell: &Shell,
-    ) -> Result<(), NotStarted> {
+    ) -> Result<StartedFrom, NotStarted> {
         let tag = Tag { id: id.clone(), pm_id, revision, nonce: Nonce::new(self.mark) };
         let token = tag.token();
         let notify = if spec.ready.wait_ready {
@@ -111,6 +112,7 @@ impl World {
         if id.slot.is_hook() {
             launch.env.retain(|(name, _)| !hooks::names_an_instance(name, spec));
         }
+        let from = launch::started_from(spec, &launch);
         let env = launch.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
         self.open_listeners(spec, id.slot)?;
         let mut ends = self.ends(spec, id.slot)?;
@@ -138,7 +140,7 @@ impl World {
         };
         self.runs.insert(id.clone(), run);
         self.connect(id, &mut ends);
-        Ok(())
+        Ok(from)
     }
 
     fn open_listeners(&mut self, spec: &AppSpec, slot: Slot) -> Result<(), NotStarted> {
