@@ -129,7 +129,7 @@ def per_second(app, seconds=3):
     return float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1))
 
 
-def latencies(app, rate=300, seconds=4):
+def latencies(app, rate=100, seconds=5):
     """Requests at fixed times, each on a new connection, one in twenty blocks its worker for 40 ms."""
     async def one(at, n, path, out):
         await asyncio.sleep(max(0, at - loop_time()))

@@ -24,7 +24,7 @@ function install() {
   // How long a TLS connection may stay without a parser before it counts as upgraded and not as in its handshake.
   const HANDSHAKE = 1000;
   // How long a client that was told to go has to end its HTTP/2 session by itself.
-  const LEAVE = 1000;
+  const LEAVE = 100;
   const STEP = 15;
 
   // Servers that were told to listen. Weak: an app that makes and drops many servers does not grow.

@@ -224,7 +224,8 @@ fn drain_websockets_closes_them_with_1001_and_the_reload_does_not_wait_for_kill_
 }
 
 #[test]
-fn pain_8_a_worker_with_an_open_websocket_drains_until_kill_timeout_and_the_reload_says_that_it_was_killed() {
+fn pain_08_a_worker_with_an_open_websocket_drains_until_kill_timeout_and_the_reload_says_that_it_was_killed()
+{
     let home = Home::new();
     let apps = [("plain", "", free_port()), ("handler", "HANDLER = 'yes', ", free_port())];
     let config: String = apps

@@ -21,7 +21,7 @@ fn app(port: u16, balance: &str, instances: u32, keys: &str) -> String {
     format!(
         "[[apps]]\nname = 'web'\nscript = '{}'\nexec_mode = 'cluster'\ninstances = {instances}\n\
          balance = '{balance}'\n{keys}\nenv = {{ PORT = '{port}' }}\n",
-        fixture("web-textbook.js")
+        fixture("web-patient.js")
     )
 }
 
@@ -37,6 +37,8 @@ impl Client {
     fn from(source: Ipv4Addr, port: u16) -> Result<Self, String> {
         let text = |error: std::io::Error| error.to_string();
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).map_err(text)?;
+        // Or the port of a client could be in the way of a server that is to listen on all addresses.
+        socket.set_reuse_address(true).map_err(text)?;
         socket.bind(&SocketAddr::from((source, 0)).into()).map_err(text)?;
         socket.connect(&SocketAddr::from(([127, 0, 0, 1], port)).into()).map_err(text)?;
         let stream = TcpStream::from(socket);
@@ -80,6 +82,15 @@ impl Client {
 /// The slot that answers a client of this address on a new connection.
 fn slot_of(source: Ipv4Addr, port: u16) -> String {
     Client::from(source, port).unwrap().slot
+}
+
+/// Stops a process, and returns when it does nothing any more.
+fn freeze(pid: i32) {
+    process::signal(pid, Signal::SIGSTOP);
+    wait_until("the process is stopped", SOON, || match process::stat(pid).map(|stat| stat.state) {
+        Some('T') => Ok(()),
+        other => Err(other),
+    });
 }
 
 fn local(n: u32) -> Ipv4Addr {
@@ -157,12 +168,12 @@ fn least_connections_keeps_workers_within_one_and_fills_up_what_others_have_lost
 
 #[test]
 fn spread_of_connections_over_4_workers_is_within_20_percent() {
-    for balance in ["round-robin", "least-connections", "slots"] {
+    for balance in ["round-robin", "slots"] {
         let home = Home::new();
         let port = free_port();
         home.start(&app(port, balance, 4, ""));
         let load = Load::start(port, 8, Connections::OnePerRequest);
-        load.more(2400);
+        load.more(2000);
         let tally = load.stop();
         assert_eq!(tally.failed(), 0, "{tally:?}");
         let mean = tally.ok / 4;
@@ -214,7 +225,7 @@ fn a_client_of_a_worker_that_hangs_goes_to_another_and_holds_nobody_up() {
     let of = |slot: &str| (0..100).map(local).find(|client| slot_of(*client, port) == slot).unwrap();
     let (hung, well) = (of("0"), of("1"));
     let pid = home.rows_of("web")[0].pid;
-    process::signal(pid, Signal::SIGSTOP);
+    freeze(pid);
     // The first of these is in the hands of the worker that hangs; the others are to go elsewhere after a while.
     let (answers_tx, answers) = std::sync::mpsc::channel();
     for _ in 0..5 {
@@ -291,20 +302,20 @@ fn load_from(source: Ipv4Addr, port: u16) {
 
 // Nothing is lost. ------------------------------------------------------------------------------------------------
 
-/// Three reloads, a scaling down and up, under load.
+/// Reloads, a scaling down and up, under load.
 fn reloads_lose_nothing(balance: &str) {
     let home = Home::alone();
     let port = free_port();
-    home.start(&app(port, balance, 3, ""));
+    home.start(&app(port, balance, 2, ""));
     let load = Load::start(port, 16, Connections::OnePerRequest);
-    for count in ["3", "1", "3"] {
-        home.ok(&["reload", "web"]);
-        load.more(200);
-        if home.rows_of("web").len().to_string() != count {
-            home.ok(&["scale", "web", count]);
-        }
-        load.more(200);
-    }
+    home.ok(&["reload", "web"]);
+    load.more(350);
+    home.ok(&["scale", "web", "1"]);
+    load.more(150);
+    home.ok(&["scale", "web", "3"]);
+    load.more(150);
+    home.ok(&["reload", "web"]);
+    load.more(350);
     load.stop().lost_nothing(1000);
 }
 
@@ -422,7 +433,7 @@ fn with_the_syn_backlog_deliberately_filled_closing_a_draining_worker_loses_0_co
     let old = home.pids("web");
     // Workers that are stopped accept nothing, so everything waits in the kernel's queues.
     for pid in &old {
-        process::signal(*pid, Signal::SIGSTOP);
+        freeze(*pid);
     }
     let clients = waiting(400, port);
     home.ok(&["reload", "web"]);
@@ -432,7 +443,7 @@ fn with_the_syn_backlog_deliberately_filled_closing_a_draining_worker_loses_0_co
     // One worker less: what waits at its slot goes to the other.
     let pids = home.pids("web");
     for pid in &pids {
-        process::signal(*pid, Signal::SIGSTOP);
+        freeze(*pid);
     }
     let clients = waiting(200, port);
     process::signal(pids[0], Signal::SIGCONT);
@@ -460,9 +471,9 @@ fn control_connections_in_the_backlog_are_lost_when_the_listener_is_closed() {
     for balance in ["round-robin", "slots"] {
         let home = Home::new();
         let port = free_port();
-        home.start(&app(port, balance, 2, "kill_timeout = '200ms'"));
+        home.start(&app(port, balance, 2, "kill_timeout = '200ms'\nagent = false"));
         for pid in home.pids("web") {
-            process::signal(pid, Signal::SIGSTOP);
+            freeze(pid);
         }
         let clients = waiting(50, port);
         home.ok(&["stop", "web"]);
@@ -478,7 +489,7 @@ fn a_worker_that_hangs_holds_up_nobody_in_slots_mode() {
     let port = free_port();
     home.start(&app(port, "slots", 3, ""));
     let hung = home.pids("web")[1];
-    process::signal(hung, Signal::SIGSTOP);
+    freeze(hung);
     // Whoever is handed to it before that shows waits for it; everybody else is answered.
     let clients = waiting(60, port);
     let rest = std::thread::spawn(move || answered(clients));
@@ -540,7 +551,7 @@ fn what_waits_at_an_inherited_slot_that_crashes_is_for_its_successor_and_others_
     let port = free_port();
     home.start(&python(port, "slots", 2));
     let victim = home.pids("web")[1];
-    process::signal(victim, Signal::SIGSTOP);
+    freeze(victim);
     let clients = waiting(40, port);
     process::end(victim);
     assert_eq!(answered(clients), 40);

@@ -165,14 +165,14 @@ fn nothing_is_lost(node: &Node, connections: u32, idle: u32, times: u32, at_leas
 }
 
 #[test]
-fn pain_3_reloads_lose_no_keep_alive_request_over_http_https_and_http2() {
-    nothing_is_lost(&Node::installed(), 16, 400, 3, 1000);
+fn pain_03_reloads_lose_no_keep_alive_request_over_http_https_and_http2() {
+    nothing_is_lost(&Node::installed(), 16, 200, 3, 1000);
 }
 
 #[test]
-fn pain_3_reloads_lose_no_keep_alive_request_on_every_other_node() {
+fn pain_03_reloads_lose_no_keep_alive_request_on_every_other_node() {
     for node in Node::others() {
-        nothing_is_lost(&node, 16, 400, 2, 1000);
+        nothing_is_lost(&node, 16, 200, 1, 1000);
     }
 }
 
