@@ -110,7 +110,7 @@ impl Offer {
 }
 
 /// Takes everything from the supervisor at the other end. The connection comes along, as one more descriptor to hold:
-/// whoever gets the inventory from this keeper dismisses the supervisor before it (see [`dismiss`]).
+/// whoever gets the inventory from this keeper dismisses the supervisor before it (see `dismiss`).
 ///
 /// # Errors
 /// It did not give everything; it goes on waiting for a keeper then.

@@ -336,10 +336,10 @@ fn reloads_and_scaling_under_load_lose_nothing_slots() {
 
 #[test]
 fn control_workers_killed_under_load_lose_requests_slots() {
-    let home = Home::alone();
+    let home = Home::new();
     let port = free_port();
     home.start(&app(port, "slots", 2, ""));
-    let load = Load::start(port, 16, Connections::OnePerRequest);
+    let load = Load::start(port, 8, Connections::OnePerRequest);
     for _ in 0..3 {
         for pid in home.pids("web") {
             process::end(pid);

@@ -1,7 +1,9 @@
 //! Readiness and health probes: what is asked of which instance, and what follows from the answers.
 
 use super::support::load;
-use super::support::{Home, PATIENT, SOON, free_port, millis, process, secs, stays, wait_until};
+use super::support::{
+    Home, PATIENT, SOON, fixture, free_port, millis, process, secs, stays, two_free_ports, wait_until,
+};
 
 /// A server whose health is what the file `state-<slot>` says: "200", "503 db not connected", "hang". It listens on
 /// {PORT}, or on the unix socket `sock-<slot>`, or as a cluster worker.
@@ -56,7 +58,7 @@ fn pain_33_each_probe_hits_a_specific_worker_also_on_a_shared_port() {
 #[test]
 fn pain_33_each_probe_hits_a_specific_worker_by_its_own_port_or_socket() {
     let home = Home::new();
-    let port = free_port();
+    let port = two_free_ports();
     home.write(
         "port.js",
         &format!(
@@ -97,13 +99,10 @@ fn a_probe_over_the_channel_reaches_https_and_says_what_is_missing() {
              (req, res) => {{ res.statusCode = req.socket.encrypted ? 200 : 500; res.end(req.socket.remoteAddress); }}).listen({port}, '127.0.0.1');\n"
         ),
     );
-    let made = std::process::Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "cert.pem"])
-        .args(["-subj", "/CN=localhost"])
-        .current_dir(home.work())
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{made:?}");
+    for name in ["key.pem", "cert.pem"] {
+        let pem = std::fs::read_to_string(fixture(&format!("../tls/{name}"))).unwrap();
+        home.write(name, &pem);
+    }
     home.start("[[apps]]\nname = 'tls'\nscript = 'tls.js'\nready = { http = '/' }\n");
     assert_eq!(home.row("tls").pm("probe")["text"], "GET / → 200 '127.0.0.1'");
 

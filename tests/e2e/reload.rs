@@ -146,13 +146,9 @@ ten_reloads! {
     ten_reloads_lose_nothing_textbook_round_robin: Textbook, "round-robin", installed, OnePerRequest;
     ten_reloads_lose_nothing_textbook_round_robin_on_another_node: Textbook, "round-robin", other, OnePerRequest;
     ten_reloads_lose_nothing_textbook_shared: Textbook, "shared", installed, OnePerRequest;
-    ten_reloads_lose_nothing_textbook_shared_on_another_node: Textbook, "shared", other, OnePerRequest;
     ten_reloads_lose_nothing_without_handler_round_robin: Plain, "round-robin", installed, OnePerRequest;
-    ten_reloads_lose_nothing_without_handler_round_robin_on_another_node: Plain, "round-robin", other, OnePerRequest;
     ten_reloads_lose_nothing_without_handler_shared: Plain, "shared", installed, OnePerRequest;
-    ten_reloads_lose_nothing_without_handler_shared_on_another_node: Plain, "shared", other, OnePerRequest;
     ten_reloads_lose_nothing_shell_chain_on_inherited_listener: Chain, "", installed, OnePerRequest;
-    ten_reloads_lose_nothing_shell_chain_on_inherited_listener_on_another_node: Chain, "", other, OnePerRequest;
     ten_reloads_lose_nothing_python_on_inherited_listener: Python, "", installed, OnePerRequest;
     pain_03_ten_reloads_reset_no_keep_alive_connection_textbook_round_robin: Textbook, "round-robin", installed, KeepAlive;
     pain_03_ten_reloads_reset_no_keep_alive_connection_without_handler_shared: Plain, "shared", installed, KeepAlive;

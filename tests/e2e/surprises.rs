@@ -158,7 +158,9 @@ fn hints_work_as_they_stand() {
     home.ok(&["start", "ecosystem.toml"]);
     let vars = home.work_file("vars");
     std::fs::remove_file(&vars).unwrap();
-    home.exits(1, &["restart", "job"]).says("`pm restart job`");
+    home.exits(1, &["restart", "job"]).says("Nothing was touched").says("`pm describe job`");
+    home.ok(&["describe", "job"]).says(&vars);
+    assert_eq!(home.row("job").status, "online");
     std::fs::write(&vars, "").unwrap();
     home.ok(&["restart", "job"]);
 }

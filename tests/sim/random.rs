@@ -214,16 +214,26 @@ fn one_seed() {
 fn twenty_thousand_sequences_hold_the_promises() {
     let runs = std::env::var("PM_SIM_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
     let first = std::env::var("PM_SIM_FIRST").ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-    let mut spawns = 0;
-    let mut answers = 0;
-    for seed in first..first + runs {
-        let (world, broken) = story(seed, Bug::None, false);
-        if let Some(Broken(why)) = broken {
-            panic!("seed {seed}: {why}; PM_SIM_SEED={seed} tells the story");
+    let (mut spawns, mut answers) = (0, 0);
+    let tell = |seeds: std::ops::Range<u64>| {
+        let (mut spawns, mut answers) = (0, 0);
+        for seed in seeds {
+            let (world, broken) = story(seed, Bug::None, false);
+            if let Some(Broken(why)) = broken {
+                panic!("seed {seed}: {why}; PM_SIM_SEED={seed} tells the story");
+            }
+            spawns += u64::from(world.spawns);
+            answers += world.outcomes.len() as u64;
         }
-        spawns += u64::from(world.spawns);
-        answers += world.outcomes.len() as u64;
-    }
+        (spawns, answers)
+    };
+    let middle = first + runs / 2;
+    std::thread::scope(|scope| {
+        for half in [first..middle, middle..first + runs].map(|seeds| scope.spawn(|| tell(seeds))) {
+            let (more, others) = half.join().unwrap();
+            (spawns, answers) = (spawns + more, answers + others);
+        }
+    });
     println!("{runs} sequences, {spawns} processes, {answers} answers");
     assert!(spawns > runs && answers > runs, "the sequences do nothing");
 }

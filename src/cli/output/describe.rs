@@ -12,7 +12,9 @@ use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
 use crate::model::figures::{NodeFigures, Spread};
-use crate::model::spec::{AppSpec, Check, ExecMode, KillMode, Runtime, StopMethod};
+use crate::model::spec::{
+    AppSpec, Check, Dependency, ExecMode, KillMode, OnFailure, Runtime, StopMethod, Strategy,
+};
 
 /// Prints one instance.
 ///
@@ -244,8 +246,15 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         ),
         ("max restarts", spec.restart.max_restarts.to_string()),
         ("min uptime", time(spec.restart.min_uptime)),
-        ("overlap at reload", yes_no(spec.can_overlap())),
+        ("reload", reload(spec)),
     ];
+    if !spec.depends_on.is_empty() {
+        let needed = spec.depends_on.iter().map(|(app, how_far)| match how_far {
+            Dependency::Ready => app.to_string(),
+            Dependency::Started => format!("{app} (started)"),
+        });
+        lines.push(("depends on", needed.collect::<Vec<_>>().join(", ")));
+    }
     if matches!(spec.mode, ExecMode::Cluster) {
         lines.push(("balance", spec.balance.to_string()));
     }
@@ -288,6 +297,22 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         lines.push(("env file", file.display().to_string()));
     }
     lines
+}
+
+/// How one generation replaces another, in a line.
+fn reload(spec: &AppSpec) -> String {
+    let rules = &spec.reload;
+    let way = match (spec.can_overlap(), rules.strategy) {
+        (false, _) => "in place, with downtime".to_owned(),
+        (true, Strategy::BlueGreen) => "blue-green".to_owned(),
+        (true, Strategy::Rolling) => {
+            format!("rolling, surge {}, unavailable {}", rules.max_surge, rules.max_unavailable)
+        }
+    };
+    match rules.on_failure {
+        OnFailure::Rollback => format!("{way}, rolls back"),
+        OnFailure::Abort => format!("{way}, no way back"),
+    }
 }
 
 fn check(check: &Check) -> String {

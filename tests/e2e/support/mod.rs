@@ -42,3 +42,11 @@ pub(crate) fn free_port() -> u16 {
     let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
     probe.local_addr().expect("its address").port()
 }
+
+/// The first of two neighbours that nobody uses. Not of those that the kernel gives out: it prefers every other one for
+/// connections, so that a neighbour of `free_port` is taken again before long.
+pub(crate) fn two_free_ports() -> u16 {
+    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let first = 20_000 + u16::try_from(std::process::id() % 5_000).expect("it is small") * 2;
+    (first..32_000).step_by(2).find(|&port| free(port) && free(port + 1)).expect("two free ports")
+}
