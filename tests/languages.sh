@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The languages that tests/e2e/languages.rs reloads under load, beside Node and Python: Go, Ruby with Puma, uvicorn and
-# gunicorn, bun, deno, and the dependencies of the axum example. Called by tests/run.sh with the cache directory.
+# gunicorn, bun, deno, and the dependencies of the axum example. Called by tests/run.sh with the cache directory, when that
+# has installed the distribution's packages.
 #
 # Versions are pinned, except for what comes as a package of the distribution. What is there already is left alone.
 set -euo pipefail
@@ -9,21 +10,6 @@ dir=$1/languages
 mkdir -p "$dir/bin"
 
 say() { printf '== %s\n' "$*"; }
-
-missing=()
-command -v go >/dev/null || missing+=(golang-go)
-command -v puma >/dev/null || missing+=(ruby puma)
-python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-if ((${#missing[@]})); then
-  say "installing ${missing[*]}"
-  if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-    echo "please install: ${missing[*]}" >&2
-    exit 1
-  fi
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-fi
 
 # What was asked for last time; the stamp is the wish list itself.
 fresh() { # stamp file, wish

@@ -19,6 +19,9 @@ command -v npm >/dev/null || missing+=(npm)
 command -v python3 >/dev/null || missing+=(python3)
 command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v setsid >/dev/null || missing+=(util-linux)
+command -v go >/dev/null || missing+=(golang-go)
+command -v puma >/dev/null || missing+=(ruby puma)
+python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 # The tests under systemd boot one of their own; only root can.
 if [[ $(id -u) == 0 ]]; then
   [[ -x /lib/systemd/systemd || -x /usr/lib/systemd/systemd ]] || missing+=(systemd)

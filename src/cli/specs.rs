@@ -34,7 +34,8 @@ impl Wishes {
         let balance = app.balance.as_deref().map(|text| {
             let known = Balance::NAMES.iter().find(|(name, _)| *name == text);
             known.map(|(_, balance)| *balance).ok_or_else(|| {
-                let names = Balance::NAMES.map(|(name, _)| name).join(", ");
+                let names: Vec<&str> = Balance::NAMES.iter().map(|(name, _)| *name).collect();
+                let names = names.join(", ");
                 bad("--balance", text, &format!("expected one of {names}"))
             })
         });

@@ -38,27 +38,6 @@ pub struct Context {
     pub env_name: Option<String>,
 }
 
-impl Context {
-    /// The context of this process: its directory, environment, CPUs and executable.
-    ///
-    /// # Errors
-    /// The working directory is gone, or /proc is not mounted.
-    pub fn of_caller(env_name: Option<String>) -> std::io::Result<Self> {
-        let cwd = std::env::current_dir()?;
-        Ok(Self {
-            cwd: paths::logical_cwd(std::env::var_os("PWD").as_deref(), cwd),
-            home: std::env::var_os("HOME").filter(|home| !home.is_empty()).map(PathBuf::from),
-            // What execvp(3) falls back to, without its current directory.
-            path: std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into()),
-            // sched_getaffinity(2) and the cgroup's quota are both in it.
-            cpus: std::thread::available_parallelism()
-                .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
-            current_exe: std::env::current_exe()?,
-            env_name,
-        })
-    }
-}
-
 /// An app that can be started, and what is doubtful about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resolved {

@@ -151,7 +151,7 @@ pub static KEYS: [Key; 57] = [
             // As PM2 stores and prints them.
             Some("fork_mode") => ExecMode::Fork,
             Some("cluster_mode") => ExecMode::Cluster,
-            _ => v.one_of(&[("fork", ExecMode::Fork), ("cluster", ExecMode::Cluster)])?,
+            _ => v.one_of(ExecMode::NAMES)?,
         })),
     },
     Key {
@@ -179,7 +179,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"round-robin\"",
         example: "\"shared\"",
         meaning: "How connections reach Node cluster workers: in turn among free ones, to the one with the fewest, by client address, accepted by them from one socket, or from a socket for each slot.",
-        read: set!(balance, v => v.at(v.one_of(&Balance::NAMES)?)),
+        read: set!(balance, v => v.at(v.one_of(Balance::NAMES)?)),
     },
     Key {
         name: "env",
@@ -285,11 +285,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"target\"",
         example: "\"group\"",
         meaning: "Who gets the signal: the app behind shells and package runners, every process at once, or the main process.",
-        read: set!(kill_mode, v => v.one_of(&[
-            ("target", KillMode::Target),
-            ("group", KillMode::Group),
-            ("main", KillMode::Main),
-        ])?),
+        read: set!(kill_mode, v => v.one_of(KillMode::NAMES)?),
     },
     Key {
         name: "stop_method",
@@ -298,10 +294,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"signal\"",
         example: "\"disconnect\"",
         meaning: "What ends a Node worker that does not say whether it handles the signal: the signal, or cluster disconnect first.",
-        read: set!(stop_method, v => v.one_of(&[
-            ("signal", StopMethod::Signal),
-            ("disconnect", StopMethod::Disconnect),
-        ])?),
+        read: set!(stop_method, v => v.one_of(StopMethod::NAMES)?),
     },
     Key {
         name: "shutdown_with_message",
@@ -346,7 +339,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"rolling\"",
         example: "\"blue-green\"",
         meaning: "How a reload proceeds: one slot after the other, or all new instances beside the old ones and then over at once.",
-        read: set!(strategy, v => v.one_of(&[("rolling", Strategy::Rolling), ("blue-green", Strategy::BlueGreen)])?),
+        read: set!(strategy, v => v.one_of(Strategy::NAMES)?),
     },
     Key {
         name: "max_surge",
@@ -391,7 +384,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"rollback\"",
         example: "\"abort\"",
         meaning: "What a failed reload leaves: the old instances everywhere, or finished slots new and the others old.",
-        read: set!(on_failure, v => v.one_of(&[("rollback", OnFailure::Rollback), ("abort", OnFailure::Abort)])?),
+        read: set!(on_failure, v => v.one_of(OnFailure::NAMES)?),
     },
     Key {
         name: "reserve",
@@ -610,7 +603,7 @@ pub static KEYS: [Key; 57] = [
         default: "\"pipe\"",
         example: "\"null\"",
         meaning: "What an instance reads: an open pipe on which nothing arrives, or /dev/null.",
-        read: set!(stdin, v => v.one_of(&[("pipe", Stdin::Pipe), ("null", Stdin::Null)])?),
+        read: set!(stdin, v => v.one_of(Stdin::NAMES)?),
     },
     Key {
         name: "env_NAME",
@@ -722,9 +715,8 @@ fn read_dependencies(value: Value<'_, '_>) -> Result<BTreeMap<String, At<Depende
         let ready = |entry: Value<'_, '_>| Ok((entry.filled()?, entry.at(Dependency::Ready)));
         return value.items().into_iter().map(ready).collect();
     };
-    let words = [("ready", Dependency::Ready), ("started", Dependency::Started)];
     let one = |(key, entry): (&toml::Spanned<std::borrow::Cow<'_, str>>, _)| {
-        let how_far = Value::new(entry).one_of(&words)?;
+        let how_far = Value::new(entry).one_of(Dependency::NAMES)?;
         Ok(((**key.get_ref()).to_owned(), At::new(how_far, Place::Text(key.span()))))
     };
     table.iter().map(one).collect()

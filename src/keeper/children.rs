@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use super::link::Inventory;
-use super::mirror::pidfd_name;
+use super::mirror::{pidfd_name, with_prefix};
 use super::wire::{
     COMMAND_MAX, ChildRecord, ChildState, CommandView, FDS_MAX, FRAME_MAX, FromKeeper, HeldFds, HeldRecord,
     Spawn, child_len, held_len,
@@ -165,13 +165,7 @@ impl Children {
     }
 
     pub(super) fn release_prefix(&mut self, prefix: &str) {
-        let names: Vec<String> = self
-            .held
-            .range(prefix.to_owned()..)
-            .map(|(name, _)| name)
-            .take_while(|name| name.starts_with(prefix))
-            .cloned()
-            .collect();
+        let names = with_prefix(&self.held, prefix);
         for name in names {
             self.release(&name);
         }

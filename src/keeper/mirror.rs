@@ -82,13 +82,7 @@ impl Mirror {
             }
             ToKeeper::Release { name } => self.release(name),
             ToKeeper::ReleasePrefix { prefix } => {
-                let names: Vec<String> = self
-                    .held
-                    .range(prefix.clone()..)
-                    .map(|(name, _)| name)
-                    .take_while(|name| name.starts_with(prefix))
-                    .cloned()
-                    .collect();
+                let names = with_prefix(&self.held, prefix);
                 for name in names {
                     self.release(&name);
                 }
@@ -229,6 +223,12 @@ impl Mirror {
         let held = self.held.into_iter().map(|(name, held)| (name, held.fd)).collect();
         Inventory { hello, children: self.children.into_values().collect(), held }
     }
+}
+
+/// The names that begin like this.
+pub(super) fn with_prefix<T>(held: &BTreeMap<String, T>, prefix: &str) -> Vec<String> {
+    let from = held.range(prefix.to_owned()..).map(|(name, _)| name);
+    from.take_while(|name| name.starts_with(prefix)).cloned().collect()
 }
 
 /// A copy of every descriptor of an inventory.

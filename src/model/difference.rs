@@ -7,9 +7,10 @@ use std::fmt::Display;
 use std::path::Path;
 use std::time::Duration;
 
+use super::moment::spelled;
 use super::spec::{
-    AppSpec, Check, CommandSpec, EnvSpec, ExecMode, Hook, Hooks, KillMode, LogRules, OnFailure, Probe,
-    ReadyRules, ReloadRules, RestartRules, Stdin, StopMethod, StopRules, Strategy,
+    AppSpec, Check, CommandSpec, EnvSpec, Hook, Hooks, LogRules, Probe, ReadyRules, ReloadRules,
+    RestartRules, StopRules,
 };
 
 /// What it takes to bring the change of a key about, the least first.
@@ -139,14 +140,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("cwd", Process, Some(path(cwd)));
     list.set("interpreter", Process, interpreter.clone());
     list.set("interpreter_args", Process, words(interpreter_args));
-    list.set(
-        "exec_mode",
-        Process,
-        word(match mode {
-            ExecMode::Fork => "fork",
-            ExecMode::Cluster => "cluster",
-        }),
-    );
+    list.set("exec_mode", Process, Some(mode.to_string()));
     list.set("instances", Instances, Some(instances.to_string()));
     let sockets = listen.iter().map(|socket| {
         let mut text = socket.address.to_string();
@@ -175,47 +169,18 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("health", Rule, health.as_ref().map(self::probe));
     list.set("kill_timeout", Rule, span(*timeout));
     list.set("kill_signal", Rule, Some(signal.to_string()));
-    list.set(
-        "kill_mode",
-        Rule,
-        word(match kill_mode {
-            KillMode::Target => "target",
-            KillMode::Group => "group",
-            KillMode::Main => "main",
-        }),
-    );
-    list.set(
-        "stop_method",
-        Rule,
-        word(match method {
-            StopMethod::Signal => "signal",
-            StopMethod::Disconnect => "disconnect",
-        }),
-    );
+    list.set("kill_mode", Rule, Some(kill_mode.to_string()));
+    list.set("stop_method", Rule, Some(method.to_string()));
     list.set("shutdown_with_message", Rule, yes(*with_message));
     list.set("drain_timeout", Rule, drain_timeout.and_then(span));
     list.set("drain_websockets", Rule, yes(*drain_websockets));
     list.set("agent", Process, yes(*agent));
-    list.set(
-        "strategy",
-        Rule,
-        word(match strategy {
-            Strategy::Rolling => "rolling",
-            Strategy::BlueGreen => "blue-green",
-        }),
-    );
+    list.set("strategy", Rule, Some(strategy.to_string()));
     list.set("max_surge", Rule, Some(max_surge.to_string()));
     list.set("max_unavailable", Rule, Some(max_unavailable.to_string()));
     list.set("min_healthy", Rule, span(*min_healthy));
     list.set("max_draining", Rule, max_draining.map(|count| count.to_string()));
-    list.set(
-        "on_failure",
-        Rule,
-        word(match on_failure {
-            OnFailure::Abort => "abort",
-            OnFailure::Rollback => "rollback",
-        }),
-    );
+    list.set("on_failure", Rule, Some(on_failure.to_string()));
     list.set("reserve", Rule, yes(*reserve));
     list.set("overlap", Rule, overlap.and_then(yes));
     list.set("min_uptime", Rule, span(*min_uptime));
@@ -230,14 +195,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("error_file", Rule, error_file.as_ref().map(|file| path(file)));
     list.set("merge_logs", Rule, merge.and_then(yes));
     list.set("log_date_format", Rule, date_format.clone());
-    list.set(
-        "stdin",
-        Process,
-        word(match stdin {
-            Stdin::Pipe => "pipe",
-            Stdin::Null => "null",
-        }),
-    );
+    list.set("stdin", Process, Some(stdin.to_string()));
     for (key, hook) in [
         ("pre_start", pre_start),
         ("pre_reload", pre_reload),
@@ -246,7 +204,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     ] {
         list.set(key, Rule, hook.as_ref().map(self::hook));
     }
-    let dependencies = depends_on.iter().map(|(app, how)| format!("{app} {}", how.word()));
+    let dependencies = depends_on.iter().map(|(app, how)| format!("{app} {how}"));
     list.set("depends_on", Rule, joined(dependencies));
     list.set("config file", Rule, origin.as_ref().map(|origin| path(&origin.file)));
     list.set("--env", Rule, origin.as_ref().and_then(|origin| origin.env_name.clone()));
@@ -266,19 +224,13 @@ fn path(path: &Path) -> String {
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "as its neighbours")]
-fn word(word: &str) -> Option<String> {
-    Some(word.to_owned())
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "as its neighbours")]
 fn yes(yes: bool) -> Option<String> {
     Some(yes.to_string())
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "as its neighbours")]
 fn span(span: Duration) -> Option<String> {
-    let millis = span.as_millis();
-    Some(if millis.is_multiple_of(1000) { format!("{}s", span.as_secs()) } else { format!("{millis}ms") })
+    Some(spelled(span))
 }
 
 fn joined<T: Display>(items: impl Iterator<Item = T>) -> Option<String> {

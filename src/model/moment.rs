@@ -40,6 +40,12 @@ impl Add<Duration> for Moment {
     }
 }
 
+/// A span as config files have it, in one unit: `10s`, `1600ms`.
+#[must_use]
+pub fn spelled(span: Duration) -> String {
+    if span.subsec_millis() == 0 { format!("{}s", span.as_secs()) } else { format!("{}ms", span.as_millis()) }
+}
+
 /// A span in whole milliseconds; `u64::MAX` for one that is longer than that can say.
 #[must_use]
 pub fn millis(span: Duration) -> u64 {

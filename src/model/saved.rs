@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::exit::ExitReason;
 use super::id::{AppName, Generation, InstanceId, PmId, Slot};
 use super::moment::Moment;
-use super::spec::AppSpec;
+use super::spec::{AppSpec, Hook, Hooks};
 
 /// The desired state of a whole daemon: what state.json holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +124,19 @@ impl HookKind {
             Self::PreReload => "pre_reload",
             Self::PostStop => "post_stop",
             Self::OnErrored => "on_errored",
+        }
+    }
+}
+
+impl Hooks {
+    /// The hook of a kind.
+    #[must_use]
+    pub const fn of(&self, kind: HookKind) -> Option<&Hook> {
+        match kind {
+            HookKind::PreStart => self.pre_start.as_ref(),
+            HookKind::PreReload => self.pre_reload.as_ref(),
+            HookKind::PostStop => self.post_stop.as_ref(),
+            HookKind::OnErrored => self.on_errored.as_ref(),
         }
     }
 }

@@ -269,24 +269,6 @@ pub enum Balance {
     Slots,
 }
 
-impl Balance {
-    /// Every policy, with its name in config files and on the command line.
-    pub const NAMES: [(&'static str, Self); 5] = [
-        ("round-robin", Self::RoundRobin),
-        ("least-connections", Self::LeastConnections),
-        ("sticky", Self::Sticky),
-        ("shared", Self::Shared),
-        ("slots", Self::Slots),
-    ];
-}
-
-impl std::fmt::Display for Balance {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let name = Self::NAMES.iter().find(|(_, policy)| policy == self).map_or("", |(name, _)| name);
-        f.write_str(name)
-    }
-}
-
 /// When an instance counts as ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReadyRules {
@@ -365,17 +347,6 @@ pub enum Dependency {
     Started,
     /// Every instance is ready.
     Ready,
-}
-
-impl Dependency {
-    /// As it is written in the config file.
-    #[must_use]
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::Started => "started",
-            Self::Ready => "ready",
-        }
-    }
 }
 
 /// How an instance is ended: the stop ladder's parameters.
@@ -656,6 +627,47 @@ pub enum Stdin {
     Pipe,
     /// /dev/null.
     Null,
+}
+
+/// Gives the values of a config key their words: the only list of them, for reading, for tables and for plans.
+macro_rules! words {
+    ($($key:ident { $($value:ident = $word:literal),+ $(,)? })+) => { $(
+        impl $key {
+            /// Every value with its word in config files and on the command line.
+            pub const NAMES: &'static [(&'static str, Self)] = &[$(($word, Self::$value)),+];
+
+            /// Its word.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$value => $word,)+
+                }
+            }
+        }
+
+        impl std::fmt::Display for $key {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    )+ };
+}
+
+words! {
+    ExecMode { Fork = "fork", Cluster = "cluster" }
+    Balance {
+        RoundRobin = "round-robin",
+        LeastConnections = "least-connections",
+        Sticky = "sticky",
+        Shared = "shared",
+        Slots = "slots",
+    }
+    Dependency { Ready = "ready", Started = "started" }
+    KillMode { Target = "target", Group = "group", Main = "main" }
+    StopMethod { Signal = "signal", Disconnect = "disconnect" }
+    Strategy { Rolling = "rolling", BlueGreen = "blue-green" }
+    OnFailure { Rollback = "rollback", Abort = "abort" }
+    Stdin { Pipe = "pipe", Null = "null" }
 }
 
 #[cfg(test)]

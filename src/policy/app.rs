@@ -117,6 +117,10 @@ impl App {
         self.slots.values().flat_map(|slot| &slot.runs)
     }
 
+    pub(super) fn run(&self, id: &InstanceId) -> Option<&Run> {
+        self.slots.get(&id.slot)?.runs.iter().find(|run| run.id == *id)
+    }
+
     pub(super) fn run_mut(&mut self, id: &InstanceId) -> Option<&mut Run> {
         self.slots.get_mut(&id.slot)?.runs.iter_mut().find(|run| run.id == *id)
     }
@@ -247,10 +251,7 @@ impl App {
             run.proves_until = proves.map(|span| now + span);
             let pm_id = run.pm_id;
             let lived = ready_source(&run.spec) == ReadySource::Lives;
-            shared.actions.extend(run.ask_for_health(now));
-            if run.spec.has_rotation() {
-                shared.actions.push(Action::PutIn { id: id.clone() });
-            }
+            run.serve(now, &mut shared.actions);
             self.step(&id, pm_id, StepKind::Ready { after, lived });
             self.happened(&id, pm_id, What::InRotation);
             self.became_ready(&id);
@@ -278,14 +279,13 @@ impl App {
 
     /// How long a run that comes into rotation holds up the next slot.
     fn proves_in_rotation(&self, id: &InstanceId) -> Option<Duration> {
-        let run = self.slots.get(&id.slot)?.runs.iter().find(|run| run.id == *id)?;
+        let run = self.run(id)?;
         let span = run.spec.reload.min_healthy;
         (self.is_candidate(id.slot, run) && !run.spec.can_overlap() && !span.is_zero()).then_some(span)
     }
 
     pub(super) fn is_candidate_id(&self, id: &InstanceId) -> bool {
-        let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
-        run.is_some_and(|run| self.is_candidate(id.slot, run))
+        self.run(id).is_some_and(|run| self.is_candidate(id.slot, run))
     }
 
     /// A new worker takes over only when it listens wherever the old one serves, unless the release changes that.
@@ -363,10 +363,7 @@ impl App {
         let Some(run) = state.runs.iter_mut().rev().find(|run| run.is_reserve()) else { return false };
         run.phase = Phase::Ready;
         let (id, pm_id) = (run.id.clone(), run.pm_id);
-        shared.actions.extend(run.ask_for_health(shared.now));
-        if run.spec.has_rotation() {
-            shared.actions.push(Action::PutIn { id: id.clone() });
-        }
+        run.serve(shared.now, &mut shared.actions);
         self.step(&id, pm_id, StepKind::Restored);
         self.happened(&id, pm_id, What::InRotation);
         true

@@ -115,10 +115,7 @@ impl App {
         shared: &mut Shared,
     ) {
         let slot = id.slot;
-        let Some(run) = self.slots.get(&slot).and_then(|state| state.runs.iter().find(|run| run.id == *id))
-        else {
-            return;
-        };
+        let Some(run) = self.run(id) else { return };
         let (rules, revision, spec) = (run.spec.restart.clone(), run.revision, Arc::clone(&run.spec));
         let candidate = self.is_candidate(slot, run);
         let replaced = self.is_replaced(slot, run);
@@ -243,16 +240,11 @@ impl App {
         if self.run_mut(id).is_none_or(|run| !matches!(run.phase, Phase::Launching { .. })) {
             return;
         }
-        let before_way_back = {
-            let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
-            run.is_some_and(|run| self.is_way_back(id.slot, run))
-        };
+        let before_way_back = self.run(id).is_some_and(|run| self.is_way_back(id.slot, run));
         self.stop_runs_because(id.slot, Cause::NotReady, IdleConnections::Wait, shared, |run| run.id == *id);
         let awaited = self.operation.as_ref().is_some_and(|operation| operation.awaiting.contains(&id.slot));
-        let fails = {
-            let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
-            run.is_some_and(|run| self.is_candidate(id.slot, run) || self.is_replaced(id.slot, run))
-        };
+        let fails =
+            self.run(id).is_some_and(|run| self.is_candidate(id.slot, run) || self.is_replaced(id.slot, run));
         if before_way_back {
             self.end_way_back(id, &ExitReason::NotReady);
         }

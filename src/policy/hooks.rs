@@ -18,7 +18,7 @@ use crate::model::exit::ExitReason;
 use crate::model::id::{Generation, InstanceId, PmId, Slot};
 use crate::model::moment::Moment;
 use crate::model::saved::{Desired, HookKind, HookMemo};
-use crate::model::spec::{AppSpec, Hook, Hooks};
+use crate::model::spec::AppSpec;
 
 use super::admit::Kind;
 use super::app::{App, Shared};
@@ -84,15 +84,6 @@ impl HookRuns {
     }
 }
 
-fn hook_of(hooks: &Hooks, kind: HookKind) -> Option<&Hook> {
-    match kind {
-        HookKind::PreStart => hooks.pre_start.as_ref(),
-        HookKind::PreReload => hooks.pre_reload.as_ref(),
-        HookKind::PostStop => hooks.post_stop.as_ref(),
-        HookKind::OnErrored => hooks.on_errored.as_ref(),
-    }
-}
-
 impl App {
     /// The hook that has to succeed before an operation changes anything. (A start has its own: see `ask_to_start`.)
     fn gate_of(&self, kind: Kind, spec: &AppSpec, meant_to_run: bool) -> Option<HookKind> {
@@ -104,7 +95,7 @@ impl App {
             Kind::Scale if meant_to_run && !runs => HookKind::PreStart,
             Kind::Start | Kind::Scale | Kind::Stop | Kind::Delete => return None,
         };
-        hook_of(&spec.hooks, hook).map(|_| hook)
+        spec.hooks.of(hook).map(|_| hook)
     }
 
     /// The operation waits for this hook.
@@ -195,7 +186,7 @@ impl App {
             if wish.waits.is_some() && wish.waits != serial {
                 continue;
             }
-            let Some(hook) = hook_of(&wish.spec.hooks, wish.kind) else { continue };
+            let Some(hook) = wish.spec.hooks.of(wish.kind) else { continue };
             self.hooks.last = shared.now.nanos().max(self.hooks.last + 1);
             let generation = Generation(self.hooks.last);
             let id = InstanceId { app: self.name.clone(), slot: Slot::HOOK, generation };
@@ -261,7 +252,7 @@ impl App {
     pub(super) fn hook_ended(&mut self, id: &InstanceId, end: HookEnd, shared: &mut Shared) {
         let Some(running) = self.hooks.running.take_if(|running| running.id == *id) else { return };
         let Running { wish, killed, .. } = running;
-        let limit = hook_of(&wish.spec.hooks, wish.kind).map(|hook| hook.timeout).unwrap_or_default();
+        let limit = wish.spec.hooks.of(wish.kind).map(|hook| hook.timeout).unwrap_or_default();
         let failure = match (killed, end) {
             (Some(Killed::Late), _) => Some(format!("no end within {limit:?}, so it was killed")),
             (Some(Killed::Superseded), _) => Some("killed".to_owned()),
@@ -364,7 +355,7 @@ impl App {
     /// nothing is left of: after a reboot, or in a new daemon.
     pub(super) fn owe(&mut self, kind: HookKind, shared: &mut Shared) {
         let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
-        if hook_of(&saved.spec.hooks, kind).is_none() {
+        if saved.spec.hooks.of(kind).is_none() {
             return;
         }
         let (revision, spec) = (saved.revision, Arc::clone(&saved.spec));

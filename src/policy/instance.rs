@@ -177,6 +177,14 @@ impl Run {
         Some(self.ask_for_health(now).unwrap_or_else(|| Action::StopProbing { id: self.id.clone() }))
     }
 
+    /// It is in rotation: connections come, and it is asked for its health.
+    pub(super) fn serve(&self, now: Moment, actions: &mut Vec<Action>) {
+        actions.extend(self.ask_for_health(now));
+        if self.spec.has_rotation() {
+            actions.push(Action::PutIn { id: self.id.clone() });
+        }
+    }
+
     /// Its turn has come: the spawn is asked for.
     pub(super) fn launch(&mut self, now: Moment) {
         self.since = now;

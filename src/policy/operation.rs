@@ -1,7 +1,7 @@
 //! Operations: what somebody asked of an app, from the save that makes it durable to the reply.
 //!
 //! ```text
-//!  (Checking ─►) Saving ──► Going ──────────────────────────────────────────► (finished)
+//!  (Checking, Preparing ─►) Saving ──► Going ──► (Winding ─►) ────────────► (finished)
 //!               │  reload: all replaced ─► Closing ─► Sweeping ─────▲
 //!               │  reload: a new one failed ─► Undoing ─► Closing ──┤
 //!               └  delete: all gone ─► Closing ─────────────────────┘
@@ -593,7 +593,7 @@ impl App {
 
     /// A run has come into rotation.
     pub(super) fn became_ready(&mut self, id: &InstanceId) {
-        let run = self.slots.get(&id.slot).and_then(|state| state.runs.iter().find(|run| run.id == *id));
+        let run = self.run(id);
         let candidate = run.is_some_and(|run| self.is_candidate(id.slot, run));
         let way_back = run.is_some_and(|run| self.is_way_back(id.slot, run));
         let Some(operation) = &mut self.operation else { return };

@@ -95,15 +95,7 @@ mod tests {
     const NOW: Moment = Moment::from_nanos(1_000_000_000);
 
     fn rules() -> RestartRules {
-        RestartRules {
-            autorestart: true,
-            max_restarts: 16,
-            min_uptime: Duration::from_secs(1),
-            restart_delay: None,
-            backoff_base: Duration::from_millis(100),
-            backoff_reset: Duration::from_secs(30),
-            stop_exit_codes: vec![0, 9],
-        }
+        RestartRules { stop_exit_codes: vec![0, 9], ..RestartRules::default() }
     }
 
     fn id(generation: u64) -> InstanceId {

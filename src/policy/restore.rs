@@ -280,10 +280,7 @@ impl Fleet {
                 run.settle = START_SETTLE;
                 run.begin_stop(now, Cause::Asked, IdleConnections::Close, &mut descent);
             } else if run.is_ready() {
-                descent.actions.extend(run.ask_for_health(now));
-                if run.spec.has_rotation() {
-                    descent.actions.push(Action::PutIn { id: run.id.clone() });
-                }
+                run.serve(now, &mut descent.actions);
             } else {
                 descent.actions.extend(run.ask_whether_ready());
             }
@@ -357,6 +354,14 @@ impl Fleet {
 /// Marks a run whose stop has to begin again while it is being adopted.
 const STOP_AGAIN: Duration = Duration::MAX;
 
+/// The slots that are meant to run the present release.
+fn of_release(saved: &SavedApp) -> impl Iterator<Item = Slot> + '_ {
+    let wanted = saved.slots.iter().enumerate();
+    wanted
+        .filter(|(_, wanted)| wanted.desired == Desired::Running && wanted.revision == saved.revision)
+        .map(|(index, _)| slot_at(index))
+}
+
 fn resumed_reload(
     app: &mut App,
     saved: &SavedApp,
@@ -365,14 +370,7 @@ fn resumed_reload(
     exited: &BTreeMap<InstanceId, ExitReason>,
 ) -> Operation {
     let mut operation = Operation::resumed(serial, Kind::Reload, saved.revision);
-    let covered: BTreeSet<Slot> = saved
-        .slots
-        .iter()
-        .enumerate()
-        .filter(|(_, wanted)| wanted.desired == Desired::Running && wanted.revision == saved.revision)
-        .map(|(index, _)| slot_at(index))
-        .filter(|slot| slot.0 < saved.spec.instances)
-        .collect();
+    let covered: BTreeSet<Slot> = of_release(saved).filter(|slot| slot.0 < saved.spec.instances).collect();
     for slot in &covered {
         let Some(state) = app.slots.get_mut(slot) else { continue };
         let is_new = |run: &Run| run.revision == saved.revision;
@@ -400,13 +398,7 @@ fn resumed_reload(
 
 fn resumed_restart(app: &mut App, saved: &SavedApp, serial: super::ledger::Serial) -> Operation {
     let mut operation = Operation::resumed(serial, Kind::Restart, saved.revision);
-    let covered: BTreeSet<Slot> = saved
-        .slots
-        .iter()
-        .enumerate()
-        .filter(|(_, wanted)| wanted.desired == Desired::Running && wanted.revision == saved.revision)
-        .map(|(index, _)| slot_at(index))
-        .collect();
+    let covered: BTreeSet<Slot> = of_release(saved).collect();
     for slot in &covered {
         let Some(state) = app.slots.get_mut(slot) else { continue };
         let is_new = |run: &Run| run.revision == saved.revision && run.is_live();

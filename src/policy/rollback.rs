@@ -53,9 +53,7 @@ impl App {
                     }
                     self.stop_runs(slot, IdleConnections::Wait, shared, |run| run.revision == failed);
                 }
-                if let Some(state) = self.slots.get_mut(&slot) {
-                    state.rest = Rest::Held;
-                }
+                self.hold(slot);
                 continue;
             }
             let Some(state) = self.slots.get(&slot) else { continue };
@@ -123,7 +121,7 @@ impl App {
             match one {
                 Move::Launch(slot) if may_launch => moved |= self.launch_again(slot, &saved, shared),
                 Move::TakeDown(slot) if may_launch || picture.serves(slot) => {
-                    self.hold_for_rollback(slot);
+                    self.hold(slot);
                     let idle = if overlap { IdleConnections::Wait } else { IdleConnections::Close };
                     self.stop_runs(slot, idle, shared, |run| run.revision == failed);
                     moved = true;
@@ -134,12 +132,6 @@ impl App {
         moved
     }
 
-    fn hold_for_rollback(&mut self, slot: Slot) {
-        if let Some(state) = self.slots.get_mut(&slot) {
-            state.rest = Rest::Held;
-        }
-    }
-
     /// The release before is started once more, from the files it had.
     fn launch_again(
         &mut self,
@@ -147,7 +139,7 @@ impl App {
         saved: &crate::model::saved::SavedApp,
         shared: &mut Shared,
     ) -> bool {
-        self.hold_for_rollback(slot);
+        self.hold(slot);
         let Some(wanted) = saved.slots.get(slot.0 as usize) else { return false };
         let old = saved.previous.as_ref().map_or(saved.revision, |(_, revision)| *revision);
         let revision = if wanted.before == 0 { old } else { wanted.before };

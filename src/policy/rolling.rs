@@ -69,7 +69,8 @@ impl App {
         moved
     }
 
-    fn hold(&mut self, slot: Slot) {
+    /// Nothing is started in this slot but what a reload, or the way back of one, starts.
+    pub(super) fn hold(&mut self, slot: Slot) {
         if let Some(state) = self.slots.get_mut(&slot) {
             state.rest = Rest::Held;
         }

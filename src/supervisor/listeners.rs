@@ -91,15 +91,6 @@ impl Listeners {
         }
     }
 
-    /// App and key in such a name, for one of these apps.
-    #[must_use]
-    pub fn app_and_key(name: &str, apps: impl IntoIterator<Item = AppName>) -> Option<(AppName, &str)> {
-        apps.into_iter().find_map(|app| {
-            let key = name.strip_prefix(Self::key_prefix(&app).as_str())?;
-            Some((app, key))
-        })
-    }
-
     fn name(place: &Place) -> String {
         let (app, address) = (digest(place.app.as_str()), digest(&place.address.to_string()));
         let slot = place.slot.map_or_else(String::new, |slot| format!(":{slot}"));

@@ -8,9 +8,8 @@ use crate::ipc::protocol::{
 };
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, Generation, InstanceId, Slot};
-use crate::model::moment::millis;
+use crate::model::moment::{millis, spelled};
 use crate::model::saved::HookKind;
-use crate::model::spec::OnFailure;
 use crate::policy::reload_plan::{Course, Manner, PlannedSlot, ReloadPlan};
 use crate::policy::vocabulary::{AppOutcome, Outcome, Refusal, Rollback, Step, StepKind};
 
@@ -165,7 +164,7 @@ fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Du
     let slot = id.slot;
     match reason {
         ExitReason::NotReady => match listen_timeout {
-            Some(limit) => format!("worker {slot} was not ready within {}", seconds(limit)),
+            Some(limit) => format!("worker {slot} was not ready within {}", spelled(limit)),
             None => format!("worker {slot} was not ready in time"),
         },
         ExitReason::NotStarted(why) => format!("worker {slot} could not be started: {why}"),
@@ -247,10 +246,6 @@ fn numbers(slots: &[Slot]) -> String {
     slots.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn seconds(span: Duration) -> String {
-    if span.subsec_millis() == 0 { format!("{}s", span.as_secs()) } else { format!("{}ms", span.as_millis()) }
-}
-
 /// A plan in the words of the protocol; `fault` is why an instance could not be started now.
 #[must_use]
 pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanView {
@@ -268,7 +263,7 @@ pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanVi
         generation: slot.old.map(|(_, generation)| generation),
         next: slot.next,
     };
-    let limit = seconds(spec.ready.listen_timeout);
+    let limit = spelled(spec.ready.listen_timeout);
     let ready = if spec.ready.wait_ready {
         format!("it says that it is ready, within {limit}")
     } else if spec.ready.probe.is_some() {
@@ -276,7 +271,7 @@ pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanVi
     } else if spec.is_node_cluster() {
         format!("it listens, within {limit}")
     } else {
-        format!("it has lived for {} (min_uptime)", seconds(spec.restart.min_uptime))
+        format!("it has lived for {} (min_uptime)", spelled(spec.restart.min_uptime))
     };
     ReloadPlanView {
         app,
@@ -300,11 +295,7 @@ pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanVi
         max_draining: plan.max_draining,
         ready,
         min_healthy_ms: millis(spec.reload.min_healthy),
-        on_failure: match spec.reload.on_failure {
-            OnFailure::Rollback => "rollback",
-            OnFailure::Abort => "abort",
-        }
-        .to_owned(),
+        on_failure: spec.reload.on_failure.to_string(),
     }
 }
 

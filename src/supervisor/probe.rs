@@ -24,7 +24,7 @@ use super::launch;
 use super::variables::Variables;
 use crate::model::address::{self, Place};
 use crate::model::id::InstanceId;
-use crate::model::moment::Moment;
+use crate::model::moment::{Moment, spelled};
 use crate::model::spec::{Check, Probe};
 use crate::policy::vocabulary::{ProbeResult, ProbeRole};
 use crate::sys::clock;
@@ -130,7 +130,7 @@ async fn within(
 ) -> Result<String, String> {
     match tokio::time::timeout(limit, work).await {
         Ok(heard) => heard,
-        Err(_) => Err(format!("no answer within {}", span(limit))),
+        Err(_) => Err(format!("no answer within {}", spelled(limit))),
     }
 }
 
@@ -364,8 +364,4 @@ fn plain(error: &io::Error) -> String {
         io::ErrorKind::NotFound => "no such socket".to_owned(),
         _ => error.to_string(),
     }
-}
-
-fn span(span: Duration) -> String {
-    if span.subsec_millis() == 0 { format!("{}s", span.as_secs()) } else { format!("{}ms", span.as_millis()) }
 }

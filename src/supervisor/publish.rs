@@ -26,7 +26,7 @@ use crate::model::exit::ExitReason;
 use crate::model::figures::NodeFigures;
 use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, millis};
-use crate::model::spec::{AppSpec, Balance, ExecMode, Runtime};
+use crate::model::spec::{AppSpec, Balance, Runtime};
 use crate::model::status::Status;
 use crate::policy::vocabulary::{Health, ProbeResult, ProbeRole, RunState, RunView, SlotView};
 use crate::sys::clock;
@@ -263,10 +263,7 @@ fn row(slot: &SlotInfo, numbers: &Numbers, now: Moment) -> Row {
         namespace: slot.spec.namespace.clone(),
         slot: slot.view.slot,
         generation: current.map(|run| run.id.generation),
-        mode: match slot.spec.mode {
-            ExecMode::Fork => "fork".into(),
-            ExecMode::Cluster => "cluster".into(),
-        },
+        mode: slot.spec.mode.as_str().into(),
         pid: slot.pid(),
         uptime_ms: current.filter(|run| runs && run.pid.is_some()).map(|run| millis(now.since(run.since))),
         restarts: slot.view.restarts,

@@ -325,13 +325,13 @@ impl World {
         tracing::trace!(?action, ?now, "perform");
         match action {
             Action::Spawn { id, pm_id, spec, revision } => {
-                let shell = shells.get(&id.app).cloned().unwrap_or_default();
+                let shell = shell_of(shells, &id.app);
                 self.listen_timeouts.insert(id.app.clone(), spec.ready.listen_timeout);
                 let started = self.start(&id, pm_id, &spec, revision, &shell);
                 vec![begun(id, started)]
             }
             Action::SpawnFrom { id, pm_id, spec, revision, from } => {
-                let shell = shells.get(&id.app).cloned().unwrap_or_default();
+                let shell = shell_of(shells, &id.app);
                 let started = match launch::as_it_was(&spec, &from) {
                     Ok(spec) => self.start(&id, pm_id, &Arc::new(spec), revision, &shell),
                     // What the paths lead to now is what its restarts go on with, as after a crash.
@@ -340,7 +340,7 @@ impl World {
                 vec![begun(id, started)]
             }
             Action::Preflight { app, check, spec } => {
-                let shell = shells.get(&app).cloned().unwrap_or_default();
+                let shell = shell_of(shells, &app);
                 let fault = launch::check(&spec, &shell).err().map(|error| error.to_string());
                 vec![Event::Checked { app, check, fault }]
             }
@@ -388,7 +388,7 @@ impl World {
                 Vec::new()
             }
             Action::RunHook { id, kind, pm_id, spec, errored } => {
-                let shell = hooks::shell_of(shells, &id.app);
+                let shell = shell_of(shells, &id.app);
                 let order = hooks::Order { id, kind, pm_id, spec, errored, shell };
                 self.run_hook(order).into_iter().collect()
             }
@@ -1037,6 +1037,11 @@ impl Witness for World {
     fn last_probe(&self, id: &InstanceId) -> Option<String> {
         self.last_heard(id).map(|heard| heard.finding.text.clone())
     }
+}
+
+/// The shell that an app takes its environment from.
+fn shell_of(shells: &BTreeMap<AppName, Shell>, app: &AppName) -> Shell {
+    shells.get(app).cloned().unwrap_or_default()
 }
 
 /// Sockets that are used or unused together: those of all slots, or the one that all slots share.

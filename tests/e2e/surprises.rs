@@ -115,9 +115,8 @@ fn a_stop_during_a_reload_gives_the_new_one_its_time_too() {
     run.says("superseded");
 }
 
-#[test]
-fn what_is_missing_for_a_moment_is_waited_for() {
-    let home = Home::new();
+/// Starts `job`, and takes its env file away. Says where that was.
+fn job_without_its_env_file(home: &Home) -> String {
     home.write("vars", "A=1\n");
     home.write(
         "ecosystem.toml",
@@ -126,6 +125,13 @@ fn what_is_missing_for_a_moment_is_waited_for() {
     home.ok(&["start", "ecosystem.toml"]);
     let vars = home.work_file("vars");
     std::fs::remove_file(&vars).unwrap();
+    vars
+}
+
+#[test]
+fn what_is_missing_for_a_moment_is_waited_for() {
+    let home = Home::new();
+    let vars = job_without_its_env_file(&home);
     process::end(home.pid("job"));
     home.wait_status("job", "waiting restart");
     home.ok(&["list"]).says("No such file");
@@ -150,14 +156,7 @@ fn hints_work_as_they_stand() {
     home.write("bad.js", "throw new Error('no');\n");
     home.exits(1, &["start", "bad.js", "--name", "two words", "--wait-ready"])
         .says("`pm logs 'two words' --err`");
-    home.write("vars", "A=1\n");
-    home.write(
-        "ecosystem.toml",
-        "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\nenv_file = ['vars']\n",
-    );
-    home.ok(&["start", "ecosystem.toml"]);
-    let vars = home.work_file("vars");
-    std::fs::remove_file(&vars).unwrap();
+    let vars = job_without_its_env_file(&home);
     home.exits(1, &["restart", "job"]).says("Nothing was touched").says("`pm describe job`");
     home.ok(&["describe", "job"]).says(&vars);
     assert_eq!(home.row("job").status, "online");

@@ -6,7 +6,7 @@ use crate::cli::error::CliError;
 use crate::cli::output::words;
 use crate::cli::specs::Wishes;
 use crate::config::words::quote;
-use crate::model::spec::{AppSpec, ExecMode};
+use crate::model::spec::AppSpec;
 
 pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
     let resolved = Wishes::of_file(&args.options).check(&args.file)?;
@@ -32,10 +32,7 @@ pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
 
 /// "api: 2 instances (cluster) of node server.js in /srv/api, listens on 0.0.0.0:3000, reload without downtime".
 fn summary(spec: &AppSpec) -> String {
-    let mode = match spec.mode {
-        ExecMode::Fork => "fork",
-        ExecMode::Cluster => "cluster",
-    };
+    let mode = spec.mode;
     let command = &spec.command;
     let script = command.script.display().to_string();
     let line: Vec<String> = command

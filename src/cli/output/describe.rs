@@ -12,9 +12,7 @@ use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
 use crate::model::figures::{NodeFigures, Spread};
-use crate::model::spec::{
-    AppSpec, Check, Dependency, ExecMode, KillMode, OnFailure, Runtime, StopMethod, Strategy,
-};
+use crate::model::spec::{AppSpec, Check, Dependency, ExecMode, OnFailure, Runtime, Strategy};
 
 /// Prints one instance.
 ///
@@ -196,13 +194,7 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         ("interpreter", command.interpreter.clone().unwrap_or_else(|| "none".to_owned())),
         ("interpreter args", shown_args(&command.interpreter_args)),
         ("exec cwd", spec.cwd.display().to_string()),
-        (
-            "exec mode",
-            match spec.mode {
-                ExecMode::Fork => "fork".to_owned(),
-                ExecMode::Cluster => "cluster".to_owned(),
-            },
-        ),
+        ("exec mode", spec.mode.to_string()),
         ("instances", spec.instances.to_string()),
         (
             "ready",
@@ -227,15 +219,7 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
             },
         ),
         ("kill timeout", time(spec.stop.timeout)),
-        (
-            "kill mode",
-            match spec.stop.mode {
-                KillMode::Target => "target",
-                KillMode::Group => "group",
-                KillMode::Main => "main",
-            }
-            .to_owned(),
-        ),
+        ("kill mode", spec.stop.mode.to_string()),
         ("drain timeout", spec.stop.drain_timeout.map_or_else(|| "keep-alive timeout + 1s".to_owned(), time)),
         ("autorestart", yes_no(spec.restart.autorestart)),
         (
@@ -260,11 +244,7 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
     }
     if matches!(spec.command.runtime, Runtime::Node) {
         lines.push(("agent", yes_no(spec.agent)));
-        let method = match spec.stop.method {
-            StopMethod::Signal => "signal",
-            StopMethod::Disconnect => "disconnect",
-        };
-        lines.push(("stop method", method.to_owned()));
+        lines.push(("stop method", spec.stop.method.to_string()));
     }
     if !spec.restart.stop_exit_codes.is_empty() {
         let codes: Vec<String> = spec.restart.stop_exit_codes.iter().map(i32::to_string).collect();
@@ -304,9 +284,9 @@ fn reload(spec: &AppSpec) -> String {
     let rules = &spec.reload;
     let way = match (spec.can_overlap(), rules.strategy) {
         (false, _) => "in place, with downtime".to_owned(),
-        (true, Strategy::BlueGreen) => "blue-green".to_owned(),
-        (true, Strategy::Rolling) => {
-            format!("rolling, surge {}, unavailable {}", rules.max_surge, rules.max_unavailable)
+        (true, strategy @ Strategy::BlueGreen) => strategy.to_string(),
+        (true, strategy @ Strategy::Rolling) => {
+            format!("{strategy}, surge {}, unavailable {}", rules.max_surge, rules.max_unavailable)
         }
     };
     match rules.on_failure {

@@ -3,7 +3,7 @@
 //! A hook's process is known by an identity whose slot is `Slot::HOOK`. One that a supervisor leaves behind is ended by
 //! the next one, before it runs another of the same app: nobody knows any more what was to follow.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::World;
@@ -146,14 +146,8 @@ pub(super) fn names_an_instance(name: &str, spec: &AppSpec) -> bool {
 
 /// The hook as an app that runs once: the app's environment and directory, and nothing that makes it serve.
 fn as_app(order: &Order) -> Option<AppSpec> {
-    let hooks = &order.spec.hooks;
-    let hook = match order.kind {
-        HookKind::PreStart => &hooks.pre_start,
-        HookKind::PreReload => &hooks.pre_reload,
-        HookKind::PostStop => &hooks.post_stop,
-        HookKind::OnErrored => &hooks.on_errored,
-    };
-    let (program, args) = hook.as_ref()?.argv.split_first()?;
+    let hook = order.spec.hooks.of(order.kind)?;
+    let (program, args) = hook.argv.split_first()?;
     let command = CommandSpec {
         script: program.into(),
         interpreter: None,
@@ -174,9 +168,4 @@ fn as_app(order: &Order) -> Option<AppSpec> {
         set("PM_REASON", reason.clone());
     }
     Some(spec)
-}
-
-/// The shell of an app, as it was first started from.
-pub(super) fn shell_of(shells: &BTreeMap<AppName, Shell>, app: &AppName) -> Shell {
-    shells.get(app).cloned().unwrap_or_default()
 }

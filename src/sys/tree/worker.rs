@@ -109,7 +109,6 @@ pub enum Outcome {
 
 enum Message {
     Ask(Instance, TreeOp),
-    Keeper(i32),
     End,
 }
 
@@ -152,11 +151,6 @@ impl TreeWorker {
     /// Asks for something; the answer comes through the callback.
     pub fn ask(&self, instance: Instance, op: TreeOp) {
         self.send(Message::Ask(instance, op));
-    }
-
-    /// Tells who the parent of the instances is now, after another keeper has taken over.
-    pub fn set_keeper(&self, keeper: i32) {
-        self.send(Message::Keeper(keeper));
     }
 
     fn send(&self, message: Message) {
@@ -245,7 +239,6 @@ impl<F: Fn(TreeEvent)> Worker<F> {
         loop {
             match self.queue_rx.try_recv() {
                 Ok(Message::Ask(instance, op)) => self.accept(instance, op),
-                Ok(Message::Keeper(keeper)) => self.keeper = keeper,
                 Ok(Message::End) | Err(TryRecvError::Disconnected) => {
                     self.ended = true;
                     return;
