@@ -16,10 +16,9 @@ if (require('node:worker_threads').isMainThread && typeof process.send === 'func
 function install() {
   const net = require('node:net');
   // The app may replace or wrap all of these later.
-  const { performance } = require('node:perf_hooks');
+  const { createHistogram, performance } = require('node:perf_hooks');
   const { clearInterval, setImmediate, setInterval, setTimeout } = require('node:timers');
   const { send, listenerCount, memoryUsage, _getActiveHandles, _getActiveRequests } = process;
-  const { listen, getConnections } = net.Server.prototype;
 
   // How long a TLS connection may stay without a parser before it counts as upgraded and not as in its handshake.
   const HANDSHAKE = 1000;
@@ -29,7 +28,6 @@ function install() {
 
   // Servers that were told to listen. Weak: an app that makes and drops many servers does not grow.
   let servers = [];
-  let pruneAt = 32;
   let greeted = false;
   let drain = null;
   // Connections that the supervisor handed over, once it balances by their number.
@@ -38,23 +36,21 @@ function install() {
   const sessions = new Map();
   // Open websockets, with what had been written to them before the upgrade; followed only where they are to be closed.
   let websockets = null;
+  const followed = new WeakSet();
 
   // ---- servers ----------------------------------------------------------------------------------------------------
 
   function remember(server) {
     if (alive().includes(server)) return;
     servers.push(new WeakRef(server));
-    if (servers.length > pruneAt) {
-      servers = servers.filter((ref) => ref.deref() !== undefined);
-      pruneAt = servers.length * 2 + 32;
-    }
     // Only servers of HTTP/2 have it. Node keeps no list of a server's sessions before version 24.
     if (typeof server.updateSettings === 'function') server.on('session', guarded(followSession));
     if (websockets !== null) followUpgrades(server);
   }
 
   function alive() {
-    return servers.map((ref) => ref.deref()).filter((server) => server !== undefined);
+    servers = servers.filter((ref) => ref.deref() !== undefined);
+    return servers.map((ref) => ref.deref());
   }
 
   // What the app must not notice may fail without a word.
@@ -66,15 +62,18 @@ function install() {
     };
   }
 
-  const rememberGuarded = guarded(remember);
-  function listenRemembered(...args) {
-    rememberGuarded(this);
-    return Reflect.apply(listen, this, args);
+  // Has `note` see a method's calls before the method does. A proxy has the method's name, length and properties.
+  function wrap(object, method, note) {
+    const noted = guarded(note);
+    object[method] = new Proxy(object[method], {
+      apply(original, self, args) {
+        noted(self, args);
+        return Reflect.apply(original, self, args);
+      },
+    });
   }
-  for (const property of ['name', 'length']) {
-    Object.defineProperty(listenRemembered, property, { value: listen[property], configurable: true });
-  }
-  net.Server.prototype.listen = listenRemembered;
+
+  wrap(net.Server.prototype, 'listen', remember);
 
   function followSession(session) {
     const known = { streams: new Set(), last: 0, told: false };
@@ -111,19 +110,15 @@ function install() {
     return list && typeof list.all === 'function' ? list.all() : null;
   }
 
+  // Only servers of HTTP/1 have a keepAliveTimeout. Once: what follows websockets from now on has been remembered before.
   function followUpgrades(server) {
-    const { emit } = server;
-    // Those of HTTP/1 have it.
-    if (!('keepAliveTimeout' in server) || emit.name === 'emitFollowed') return;
-    const note = guarded((request, socket) => {
-      if (!/^websocket$/i.test(request.headers.upgrade)) return;
+    if (!('keepAliveTimeout' in server) || followed.has(server)) return;
+    followed.add(server);
+    wrap(server, 'emit', (_, [name, request, socket]) => {
+      if (name !== 'upgrade' || !/^websocket$/i.test(request.headers.upgrade)) return;
       websockets.set(socket, socket.bytesWritten);
       socket.once('close', () => websockets.delete(socket));
     });
-    server.emit = function emitFollowed(name, ...args) {
-      if (name === 'upgrade') note(...args);
-      return Reflect.apply(emit, this, [name, ...args]);
-    };
   }
 
   // ---- the channel ------------------------------------------------------------------------------------------------
@@ -133,42 +128,41 @@ function install() {
     if (process.connected) Reflect.apply(send, process, [message, undefined, undefined, () => {}]);
   }
 
-  process.on('internalMessage', guarded((message, handle) => {
-    if (message === null || typeof message !== 'object') return;
-    if (handed !== null && message.act === 'newconn' && message.cmd === 'NODE_CLUSTER') handOver(handle);
-    if (message.cmd === 'NODE_PM_HELLO') {
+  const orders = {
+    NODE_PM_HELLO(message) {
       if (!greeted) measure();
       greeted = true;
       if (message.websockets && websockets === null) {
         websockets = new Map();
-        for (const server of alive()) followUpgrades(server);
+        alive().forEach(followUpgrades);
       }
-      say({ cmd: 'NODE_PM_HELLO', version: process.version });
-    } else if (!greeted) {
-      // Not from a supervisor that knows us.
-    } else if (message.cmd === 'NODE_PM_LISTENERS') {
-      const count = Reflect.apply(listenerCount, process, [message.signal]);
-      say({ cmd: 'NODE_PM_LISTENERS', signal: message.signal, count });
-    } else if (message.cmd === 'NODE_PM_DRAIN') {
-      startDrain(message);
-    } else if (message.cmd === 'NODE_PM_PROBE') {
-      takeProbe(handle);
-    } else if (message.cmd === 'NODE_PM_STATS') {
-      say({ cmd: 'NODE_PM_STATS', ask: message.ask, ...stats() });
-    } else if (message.cmd === 'NODE_PM_WATCH') {
+      return { version: process.version };
+    },
+    NODE_PM_LISTENERS: ({ signal }) => ({ signal, count: Reflect.apply(listenerCount, process, [signal]) }),
+    NODE_PM_DRAIN: startDrain,
+    NODE_PM_PROBE: (_, handle) => takeProbe(handle),
+    NODE_PM_STATS: ({ ask }) => ({ ask, ...stats() }),
+    NODE_PM_WATCH() {
       handed ??= { received: 0, closed: 0, open: new WeakSet(), planned: false };
       say({ cmd: 'NODE_PM_CLOSED', received: handed.received, closed: handed.closed });
-    }
+    },
+  };
+
+  process.on('internalMessage', guarded((message, handle) => {
+    if (message === null || typeof message !== 'object') return;
+    const { act, cmd } = message;
+    if (handed !== null && act === 'newconn' && cmd === 'NODE_CLUSTER') handOver(handle);
+    // Before the greeting it is not from a supervisor that knows us.
+    if (!Object.hasOwn(orders, cmd) || (!greeted && cmd !== 'NODE_PM_HELLO')) return;
+    const answer = orders[cmd](message, handle);
+    if (answer !== undefined) say({ cmd, ...answer });
   }));
 
   // A check comes as a socket of its own: the app's HTTP server takes it like a connection that it has accepted, so that
   // it reaches this very process, without a port and without TLS.
   function takeProbe(handle) {
     const server = alive().find((each) => each.listening && each.listenerCount('request') > 0);
-    if (server === undefined) {
-      handle.close();
-      return;
-    }
+    if (server === undefined) return void handle.close();
     const socket = new net.Socket({ handle, readable: true, writable: true });
     socket.on('error', () => {});
     const known = { remoteAddress: '127.0.0.1', remoteFamily: 'IPv4', remotePort: 0 };
@@ -184,23 +178,12 @@ function install() {
   // not take counts as handed over and closed, so that the supervisor need not know what became of it.
   function handOver(handle) {
     handed.received += 1;
-    if (!handle || !(handle.fd >= 0)) {
-      ended();
-      return;
-    }
+    if (!handle || !(handle.fd >= 0)) return ended();
     handed.open.add(handle);
-    handle.close = closeCounted;
-    if (typeof handle.reset === 'function') handle.reset = resetCounted;
-  }
-
-  function closeCounted(...args) {
-    if (handed.open.delete(this)) ended();
-    return Reflect.apply(Object.getPrototypeOf(this).close, this, args);
-  }
-
-  function resetCounted(...args) {
-    if (handed.open.delete(this)) ended();
-    return Reflect.apply(Object.getPrototypeOf(this).reset, this, args);
+    // A pipe has no reset().
+    for (const end of ['close', 'reset'].filter((each) => each in handle)) {
+      wrap(handle, end, () => { if (handed.open.delete(handle)) ended(); });
+    }
   }
 
   // One message per turn of the loop, however many have ended in it.
@@ -231,7 +214,7 @@ function install() {
       timer: null,
     };
     if (before === null) {
-      for (const server of alive()) stopAccepting(server);
+      alive().forEach(stopAccepting);
       channel.start.subscribe(guarded(({ response }) => endAfter(response)));
       guarded(endBusyConnections)();
     } else {
@@ -254,14 +237,12 @@ function install() {
 
   // Says `Connection: close`, whatever the app says, and ends the connection after the response.
   function endAfter(response) {
-    const { _storeHeader } = response;
-    if (response.headersSent || typeof _storeHeader !== 'function') return;
+    if (response.headersSent || typeof response._storeHeader !== 'function') return;
     response.shouldKeepAlive = false;
     response.setHeader('Connection', 'close');
-    response._storeHeader = function storeHeader(...args) {
-      if (!/upgrade/i.test(this.getHeader('connection'))) this.setHeader('Connection', 'close');
-      return Reflect.apply(_storeHeader, this, args);
-    };
+    wrap(response, '_storeHeader', () => {
+      if (!/upgrade/i.test(response.getHeader('connection'))) response.setHeader('Connection', 'close');
+    });
   }
 
   // Responses that were begun before the drain.
@@ -300,38 +281,18 @@ function install() {
     if (typeof handle.getsockname === 'function') handle.getsockname(name);
     const keep = setInterval(() => {}, 0x7fffffff);
     if (typeof handle.hasRef === 'function' && !handle.hasRef()) keep.unref();
-    server._handle = {
-      fd: -1,
-      close(callback) {
-        clearInterval(keep);
-        if (typeof callback === 'function') setImmediate(callback);
-      },
-      ref: () => keep.ref(),
-      unref: () => keep.unref(),
-      hasRef: () => keep.hasRef(),
-      getsockname: (out) => (Object.assign(out, name), 0),
-      getAsyncId: () => -1,
-    };
+    // A timer has close(), ref(), unref() and hasRef() as a handle has them.
+    server._handle = Object.assign(keep, { fd: -1, getsockname: (out) => (Object.assign(out, name), 0) });
     handle.close();
   }
 
   const step = guarded(() => {
-    const current = drain;
+    if (drain.timer === null) return;
     const now = performance.now();
-    const all = alive();
-    let left = all.length;
-    let open = 0;
     endSessions(now);
-    if (left === 0 || now >= current.leaveAt) finish(current);
-    for (const server of all) {
-      if (now >= current.idleUntil) closeIdle(server);
-      const counted = guarded((error, count) => {
-        open += error ? 0 : count - upgraded(server, count, now);
-        left -= 1;
-        if (left <= 0 && open <= 0) finish(current);
-      });
-      Reflect.apply(getConnections, server, [counted]);
-    }
+    if (now >= drain.idleUntil) alive().forEach(closeIdle);
+    const open = alive().reduce((sum, server) => sum + server._connections - upgraded(server, now), 0);
+    if (open <= 0 || now >= drain.leaveAt) finish();
   });
 
   function closeIdle(server) {
@@ -341,18 +302,17 @@ function install() {
   }
 
   // Upgraded connections (websockets) last as long as the client likes; the drain does not wait for them.
-  function upgraded(server, count, now) {
+  function upgraded(server, now) {
     const known = parsers(server);
     const upgrades = server.listenerCount('upgrade') + server.listenerCount('connect') > 0;
     if (known === null || !upgrades || now < drain.websocketsUntil) return 0;
     if (typeof server.setSecureContext === 'function' && now < drain.since + HANDSHAKE) return 0;
-    return Math.max(0, count - known.length);
+    return Math.max(0, server._connections - known.length);
   }
 
-  function finish(current) {
-    if (current !== drain || current.timer === null) return;
-    clearInterval(current.timer);
-    current.timer = null;
+  function finish() {
+    clearInterval(drain.timer);
+    drain.timer = null;
     say({ cmd: 'NODE_PM_DRAINED' });
     // A handler that only closes its servers leaves it to Node to exit when nothing is left to do; but the channel would
     // keep a worker alive.
@@ -399,51 +359,43 @@ function install() {
     const before = requests;
     setTimeout(guarded(() => {
       const then = performance.now();
-      const late = Math.max(0, then - now - wait);
+      const late = then - now - wait;
       loop.add(late);
       probe(then, requests !== before || late > 5 ? 100 : 1000);
     }), wait).unref();
   }
 
-  // The spread of what was added in the last 15 to 30 seconds, to 5 %, in fixed memory: eight classes to each doubling
-  // from 0.01 ms to three minutes.
+  // The spread of what was added in the last 15 to 30 seconds, to 1 %, in fixed memory: two histograms of microseconds,
+  // up to three minutes, that are begun anew in turn.
   function window() {
-    const half = () => ({ since: performance.now(), count: 0, classes: new Uint32Array(192) });
-    let old = null;
-    let young = half();
+    const half = () => ({ since: performance.now(), seen: createHistogram({ highest: 180e6, figures: 2 }) });
+    let [old, young] = [half(), half()];
     const turn = () => {
       const age = performance.now() - young.since;
-      if (age < 15000) return;
-      old = age < 30000 ? young : null;
-      young = half();
+      if (age >= 15000) [old, young] = age < 30000 ? [young, half()] : [half(), half()];
     };
     return {
       add(millis) {
         turn();
-        young.count += 1;
-        young.classes[Math.min(191, Math.max(0, Math.round(Math.log2(millis * 100) * 8)))] += 1;
+        const micros = Math.min(180e6, Math.max(1, Math.round(millis * 1000)));
+        for (const { seen } of [old, young]) seen.record(micros);
       },
-      // Per second, and the value below which these shares of all lie.
-      spread(...shares) {
+      // Per second, and the values below which these percentages of all lie.
+      spread(...percentages) {
         turn();
-        const total = young.count + (old ? old.count : 0);
-        const seconds = (performance.now() - (old ?? young).since) / 1000;
-        const quantiles = shares.map((share) => {
-          let rest = Math.ceil(total * share);
-          const found = young.classes.findIndex((count, i) => (rest -= count + (old ? old.classes[i] : 0)) <= 0);
-          return total === 0 ? null : 2 ** (found / 8) / 100;
-        });
-        return { rate: total / Math.max(1, seconds), quantiles };
+        const { since, seen } = old;
+        const quantiles = percentages.map((each) => (seen.count === 0 ? null : seen.percentile(each) / 1000));
+        return { rate: (seen.count * 1000) / Math.max(1000, performance.now() - since), quantiles };
       },
     };
   }
 
   function stats() {
     const { heapUsed, heapTotal, external, arrayBuffers } = memoryUsage();
-    const http = latency.spread(0.5, 0.95, 0.99);
+    const http = latency.spread(50, 95, 99);
     return {
       heap: [heapUsed, heapTotal, external, arrayBuffers],
-      loop: loop.spread(0.5, 0.95, 0.99).quantiles,
+      loop: loop.spread(50, 95, 99).quantiles,
       handles: Reflect.apply(_getActiveHandles, process, []).length,
       requests: Reflect.apply(_getActiveRequests, process, []).length,
       connections: alive().reduce((sum, server) => sum + (server._connections || 0), 0),
