@@ -76,5 +76,5 @@ if cargo nextest --version >/dev/null 2>&1; then
   # nextest runs no documentation tests.
   cargo test --locked --doc --quiet
 else
-  cargo test --locked --no-fail-fast "$@" -- --test-threads="${PM_TEST_THREADS:-4}"
+  cargo test --locked --no-fail-fast "$@" -- --test-threads="${PM_TEST_THREADS:-6}"
 fi

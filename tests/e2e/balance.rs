@@ -304,7 +304,7 @@ fn load_from(source: Ipv4Addr, port: u16) {
 
 /// Reloads, a scaling down and up, under load.
 fn reloads_lose_nothing(balance: &str) {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&app(port, balance, 2, ""));
     let load = Load::start(port, 16, Connections::OnePerRequest);
@@ -356,7 +356,7 @@ fn control_workers_killed_under_load_lose_requests_slots() {
 
 #[test]
 fn supervisor_killed_under_load_loses_nothing_in_slots_mode() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&app(port, "slots", 2, ""));
     let before: Vec<_> = home.pids("web").into_iter().map(process::identity).collect();
@@ -384,7 +384,7 @@ fn supervisor_killed_under_load_loses_nothing_in_slots_mode() {
 
 #[test]
 fn a_reload_to_any_other_balance_loses_nothing() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&app(port, "round-robin", 2, ""));
     let load = Load::start(port, 8, Connections::OnePerRequest);
@@ -520,7 +520,7 @@ fn python(port: u16, balance: &str, instances: u32) -> String {
 
 #[test]
 fn inherited_sockets_of_slots_lose_nothing_in_reloads_scaling_and_without_a_supervisor() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&python(port, "shared", 2));
     let load = Load::start(port, 8, Connections::OnePerRequest);

@@ -35,7 +35,7 @@ fn kill_the_supervisor(home: &Home, app: &str) {
 
 #[test]
 fn supervisor_killed_under_load_loses_nothing_in_shared_mode() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "shared"));
     let before: Vec<_> = home.pids("web").into_iter().map(process::identity).collect();
@@ -59,7 +59,7 @@ fn supervisor_killed_under_load_loses_nothing_in_shared_mode() {
 
 #[test]
 fn supervisor_killed_under_load_loses_at_most_one_request_in_round_robin() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "round-robin"));
     let before: Vec<_> = home.pids("web").into_iter().map(process::identity).collect();
@@ -77,7 +77,7 @@ fn supervisor_killed_under_load_loses_at_most_one_request_in_round_robin() {
 
 #[test]
 fn a_reload_works_and_loses_nothing_after_the_supervisor_was_killed_in_round_robin() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "round-robin"));
     kill_the_supervisor(&home, "web");
@@ -151,7 +151,7 @@ fn a_stopped_app_stays_stopped_and_a_stop_works_after_the_supervisor_died() {
 
 #[test]
 fn a_worker_survives_many_deaths_of_the_supervisor() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "shared"));
     let before = home.pids("web");
@@ -199,7 +199,7 @@ fn an_app_inherits_no_descriptor_of_the_daemon() {
 
 #[test]
 fn commands_learn_the_true_end_of_their_operation_from_the_next_supervisor() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "round-robin"));
     home.start(&format!(
@@ -292,7 +292,7 @@ fn a_kill_whose_supervisor_dies_ends_the_daemon_and_keeps_its_list() {
 #[test]
 fn what_was_lost_with_the_memory_of_supervisors_that_died_quickly_is_found_again() {
     for balance in ["shared", "round-robin"] {
-        let home = Home::alone();
+        let home = Home::loaded();
         let port = free_port();
         home.start(&cluster(port, balance));
         let before = home.pids("web");

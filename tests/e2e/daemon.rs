@@ -15,7 +15,7 @@ const SLEEPER: &str = "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']
 
 #[test]
 fn a_hundred_commands_at_once_start_one_daemon_and_one_app() {
-    let home = Home::alone();
+    let home = Home::loaded();
     home.ecosystem(SLEEPER);
     let commands: Vec<Running> =
         (0..100).map(|_| Running::start(home.command(&["start", "ecosystem.toml"]), b"")).collect();

@@ -96,7 +96,7 @@ struct Site {
 
 impl Site {
     fn start(node: &Node, kinds: &[(&str, &str)], connections: u32, idle: u32) -> Self {
-        let home = Home::alone();
+        let home = Home::loaded();
         let mut config = String::new();
         let mut ports = Vec::new();
         for (kind, handler) in kinds {

@@ -59,7 +59,7 @@ fn a_long_argument_on_the_command_line_arrives() {
 
 #[test]
 fn three_hundred_instances_run_at_a_soft_limit_of_1024_and_keep_that_limit() {
-    let home = Home::alone();
+    let home = Home::loaded();
     home.ecosystem(
         "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\ninstances = 300\nexec_mode = 'fork'\n",
     );
@@ -77,7 +77,7 @@ fn three_hundred_instances_run_at_a_soft_limit_of_1024_and_keep_that_limit() {
 
 #[test]
 fn a_line_of_100_mb_on_the_channel_does_not_grow_the_daemon_or_stop_the_app() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.write(
         "app.js",

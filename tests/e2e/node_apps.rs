@@ -28,7 +28,7 @@ fn pids_that_answer(port: u16) -> BTreeSet<String> {
 #[test]
 fn express_runs_unmodified_and_reloads_without_losing_a_request() {
     for node in [Node::installed(), Node::other()] {
-        let home = Home::alone();
+        let home = Home::loaded();
         let port = free_port();
         start_app(&home, "express.js", port, "round-robin", &node);
         assert_eq!(pids_that_answer(port).len(), 2);
@@ -42,7 +42,7 @@ fn express_runs_unmodified_and_reloads_without_losing_a_request() {
 #[test]
 fn fastify_runs_unmodified_and_reloads_without_losing_a_request() {
     for balance in ["round-robin", "shared"] {
-        let home = Home::alone();
+        let home = Home::loaded();
         let port = free_port();
         start_app(&home, "fastify.js", port, balance, &Node::installed());
         let load = Load::start(port, 8, Connections::OnePerRequest);

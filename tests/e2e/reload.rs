@@ -26,7 +26,7 @@ struct Web {
 
 impl Web {
     fn start(app: App, balance: &str, node: &Node) -> Self {
-        let web = Self { home: Home::alone(), app, port: free_port() };
+        let web = Self { home: Home::loaded(), app, port: free_port() };
         web.release("v1");
         let Self { port, .. } = web;
         let Node { binary, version } = node;
@@ -194,7 +194,7 @@ fn good(version: &str) -> String {
 }
 
 fn a_bad_release_changes_nothing(balance: &str, bad: &str, last_words: &str) {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     home.write("app.js", &good("v1"));
     home.start(&format!(

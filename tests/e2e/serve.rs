@@ -30,7 +30,7 @@ fn serve_serves_a_directory_and_nothing_outside_it() {
 
 #[test]
 fn the_example_starts_with_one_command_and_reloads_without_losing_a_request() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     let example = std::fs::read_to_string(root.join("ecosystem.example.toml")).unwrap();
     // The port of the example may be taken on this machine.

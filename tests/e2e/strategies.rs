@@ -178,7 +178,7 @@ fn replayed(steps: &[(u64, u64, String)], instances: usize) -> (usize, usize) {
 // The way back. ---------------------------------------------------------------------------------------------------
 
 fn a_release_that_dies_in_its_third_slot_is_rolled_back(app: App, keys: &str) {
-    let web = Web::start(Home::alone(), app, keys);
+    let web = Web::start(Home::loaded(), app, keys);
     let before = web.identities();
     // Overwritten in place: only the processes know what the old release was.
     web.release("v2", Release::DiesInSlot(2));
@@ -217,7 +217,7 @@ fn rollback_puts_processes_on_an_inherited_listener_back() {
 
 #[test]
 fn abort_leaves_what_the_message_says() {
-    let web = Web::start(Home::alone(), App::Node, "on_failure = 'abort'");
+    let web = Web::start(Home::loaded(), App::Node, "on_failure = 'abort'");
     let before = web.identities();
     web.release("v2", Release::DiesInSlot(2));
     let (run, tally) = web.reload_under_load(1);
@@ -313,7 +313,7 @@ fn cwd(pid: i32) -> String {
 
 #[test]
 fn without_reserve_the_old_release_is_started_again_from_where_it_was() {
-    let home = Home::alone();
+    let home = Home::loaded();
     let port = free_port();
     releases(&home, &[("1", "v1", Release::Good), ("2", "v2", Release::DiesInSlot(2))]);
     home.start(&current(port, "instances = 3\nreserve = false"));
@@ -377,7 +377,7 @@ fn a_restart_in_place_is_rolled_back_to_the_release_before() {
 
 #[test]
 fn blue_green_switches_when_all_are_ready() {
-    let web = Web::start(Home::alone(), App::Node, "strategy = 'blue-green'");
+    let web = Web::start(Home::loaded(), App::Node, "strategy = 'blue-green'");
     let before = web.home.pids("web");
     web.release("v2", Release::Good);
     let (run, tally) = web.reload_under_load(0);
@@ -446,7 +446,7 @@ fn a_dry_run_tells_the_plan_and_changes_nothing() {
 
 #[test]
 fn pain_01_a_bad_deploy_changes_nothing_and_the_next_good_one_succeeds() {
-    let web = Web::start(Home::alone(), App::Node, "listen_timeout = '3s'");
+    let web = Web::start(Home::loaded(), App::Node, "listen_timeout = '3s'");
     let before = web.identities();
     web.release("v2", Release::DiesInSlot(0));
     let (run, tally) = web.reload_under_load(1);
@@ -542,7 +542,7 @@ fn what_cannot_be_started_again_is_not_taken_down() {
 
 #[test]
 fn a_supervisor_that_dies_while_others_are_in_reserve_loses_nothing() {
-    let web = Web::start(Home::alone(), App::Node, "");
+    let web = Web::start(Home::loaded(), App::Node, "");
     let before = web.identities();
     let slow = "if (process.env.NODE_APP_INSTANCE === '2') { const end = Date.now() + 2500; while (Date.now() < end); }\n";
     web.home.write("app.js", &format!("{slow}{}", javascript("v2", Release::DiesInSlot(2))));

@@ -104,7 +104,12 @@ impl Home {
         Self::with(Machine::shared())
     }
 
-    /// With the machine to itself: for tests that measure time or put load on.
+    /// Beside tests that put no load on the machine: for those that do.
+    pub(crate) fn loaded() -> Self {
+        Self::with(Machine::loaded())
+    }
+
+    /// With the machine to itself: for tests that measure time or processor time.
     pub(crate) fn alone() -> Self {
         Self::with(Machine::alone())
     }
