@@ -23,7 +23,7 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-POLICIES = ["round-robin", "least-connections", "sticky", "shared", "slots"]
+POLICIES = ["round-robin", "least-connections", "sticky", "shared", "slots", "sticky-slots"]
 SERVER = os.path.join(HERE, "balance.js")
 
 

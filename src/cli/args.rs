@@ -217,7 +217,7 @@ pub struct AppOptions {
     /// Listen here and hand the socket to every instance: `3000`, `127.0.0.1:3000`, `unix:/run/app.sock`; repeatable
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Vec<String>,
-    /// Balance connections: round-robin, least-connections, sticky, shared or slots [default: round-robin]
+    /// Balance connections: round-robin, least-connections, sticky, shared, slots or sticky-slots [default: round-robin]
     #[arg(long, value_name = "HOW")]
     pub balance: Option<String>,
     /// Write standard output to this file [default: $PM_HOME/logs/NAME-out.log]

@@ -175,7 +175,7 @@ pub static KEYS: [Key; 57] = [
     Key {
         name: "balance",
         aliases: &[],
-        takes: "\"round-robin\", \"least-connections\", \"sticky\", \"shared\" or \"slots\"",
+        takes: "\"round-robin\", \"least-connections\", \"sticky\", \"shared\", \"slots\" or \"sticky-slots\"",
         default: "\"round-robin\"",
         example: "\"shared\"",
         meaning: "How connections reach Node cluster workers: in turn among free ones, to the one with the fewest, by client address, accepted by them from one socket, or from a socket for each slot.",

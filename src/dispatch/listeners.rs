@@ -13,7 +13,6 @@ use super::run::{Deadline, Dispatcher, Flow, Handle, Source};
 use super::slots::Seat;
 use super::{DispatchEvent, KeptListener, Origin};
 use crate::model::id::AppName;
-use crate::model::spec::Balance;
 use crate::node::channel::{Author, Handed};
 use crate::node::choice::{client_of, is_by_turns};
 use crate::node::messages::{self, BAD_DESCRIPTOR, Granted, INVALID, Place, Query};
@@ -56,7 +55,7 @@ impl Dispatcher {
     ) -> Result<(ListenerIx, Vec<KeptListener>), i32> {
         let channel = self.channels.get(&serial).ok_or(INVALID)?;
         let worker = channel.worker.as_ref().ok_or(INVALID)?;
-        if worker.balance == Balance::Slots && matches!(place, Place::Tcp { .. } | Place::TcpAny { .. }) {
+        if worker.balance.is_slots() && matches!(place, Place::Tcp { .. } | Place::TcpAny { .. }) {
             return self.bind_slots(serial, query, place);
         }
         let app_serial = worker.app;

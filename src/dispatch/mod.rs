@@ -125,6 +125,8 @@ pub enum Command {
         /// What.
         listener: KeptListener,
     },
+    /// All listeners and instances of a former supervisor are known now. The kernel does as that one told it until then.
+    Adopted,
     /// Connections go to this worker from now on. (In shared mode it takes them by itself from `listen()` on.)
     PutIn {
         /// Who.
@@ -238,6 +240,7 @@ impl std::fmt::Debug for Command {
             Self::CloseListeners { .. } => "CloseListeners",
             Self::Recorded { .. } => "Recorded",
             Self::NotRecorded { .. } => "NotRecorded",
+            Self::Adopted => "Adopted",
             Self::Freeze => "Freeze",
             Self::Thaw => "Thaw",
             Self::Stats { .. } => "Stats",

@@ -137,6 +137,8 @@ pub(super) struct Dispatcher {
     pub(super) groups: HashMap<u64, Group>,
     /// Who serves a slot may have changed in this turn.
     pub(super) unsteered: bool,
+    /// Not all that a former supervisor had is known yet: the kernel does as that one told it.
+    pub(super) adopting: bool,
     /// Channels with more to read than one turn allows.
     pub(super) again: Vec<u64>,
     pub(super) flow: Flow,
@@ -195,6 +197,7 @@ impl Dispatcher {
             sockets: HashMap::new(),
             groups: HashMap::new(),
             unsteered: false,
+            adopting: false,
             tokens: HashMap::new(),
             deadlines: BTreeMap::new(),
             again: Vec::new(),
@@ -296,7 +299,9 @@ impl Dispatcher {
             Command::AdoptListener { app, listener } => {
                 let app = self.app(&app);
                 self.register_listener(app, listener);
+                self.adopting = true;
             }
+            Command::Adopted => self.adopting = false,
             Command::PutIn { id } => self.put_in(&id),
             Command::TakeOut { id } => self.take_out(&id),
             Command::AskKillListeners { id, signal } => {

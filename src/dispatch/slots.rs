@@ -28,15 +28,24 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use super::listeners::{bind_place, duplicate, negative};
 use super::run::{Deadline, Dispatcher, Flow, Source};
 use super::{KeptListener, Origin};
+use crate::model::spec::Balance;
 use crate::node::messages::{INVALID, Place, Query, slot_key, split_slot_key};
 use crate::node::primary::{ListenerIx, Rotation};
-use crate::sys::{listen, reuseport};
+use crate::sys::listen;
+use crate::sys::reuseport::{self, Pick};
 
 /// How long after a connection has come, and how often from then on, it is looked whether the slot's queue is empty.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(LOOK_MS as u64);
+const LOOK_MS: u32 = 10;
 
 /// A worker whose oldest waiting connection is this old does not accept at present.
 const STUCK_AFTER_MS: u32 = 20;
+/// The same where clients belong to slots: being away costs them more than waiting (`sticky` has the same time).
+const AWAY_AFTER_MS: u32 = 1000;
+/// So often something must have waited before it is looked how old it is.
+const LOOKS: u32 = 2;
+/// The same where clients belong to slots.
+const AWAY_LOOKS: u32 = AWAY_AFTER_MS / LOOK_MS;
 
 /// How long a stuck worker gets nothing new…
 const STUCK_FIRST: Duration = Duration::from_millis(50);
@@ -49,8 +58,9 @@ pub(super) struct Group {
     /// The key that their keys have in common.
     common: String,
     members: BTreeMap<u32, Member>,
-    /// The slots in the kernel's program.
+    /// The slots in the kernel's program, and how it chooses.
     steered: Vec<u32>,
+    pick: Pick,
     /// Where the search for a free worker begins.
     turn: u32,
     /// Members with waiting connections for which no worker was free.
@@ -150,6 +160,7 @@ impl Dispatcher {
                     common: common.to_owned(),
                     members: BTreeMap::new(),
                     steered: Vec::new(),
+                    pick: Pick::Random,
                     turn: 0,
                     waiting: Vec::new(),
                 };
@@ -186,7 +197,7 @@ impl Dispatcher {
 
     /// Brings the kernel's programs up to date. At the end of a turn: what happened together is decided together.
     pub(super) fn steer(&mut self) {
-        if !std::mem::take(&mut self.unsteered) {
+        if self.adopting || !std::mem::take(&mut self.unsteered) {
             return;
         }
         let groups: Vec<u64> = self.groups.keys().copied().collect();
@@ -199,6 +210,8 @@ impl Dispatcher {
         let Some(group) = self.groups.get_mut(&number) else { return };
         let Some(app) = self.apps.get(&group.app) else { return };
         let former = app.primary.listener(&group.common);
+        let sticky = app.primary.balances(Balance::StickySlots);
+        let pick = if sticky { Pick::ByAddress } else { Pick::Random };
         let (mut inside, mut outside) = (Vec::new(), Vec::new());
         for (slot, member) in &group.members {
             let mut served = app.primary.served(member.listener);
@@ -227,11 +240,14 @@ impl Dispatcher {
             // No group yet, and hence no program: the kernel has nothing to choose.
             group.steered.clone_from(&chosen);
         } else if !chosen.is_empty()
-            && chosen != group.steered
+            && (chosen != group.steered || pick != group.pick)
             && let Some(socket) = listeners.first().and_then(|(_, ix)| self.sockets.get(ix))
         {
-            match reuseport::steer(socket.socket.as_fd(), &chosen) {
-                Ok(()) => group.steered.clone_from(&chosen),
+            match reuseport::steer(socket.socket.as_fd(), &chosen, pick) {
+                Ok(()) => {
+                    group.steered.clone_from(&chosen);
+                    group.pick = pick;
+                }
                 Err(error) => {
                     tracing::error!(%error, key = group.common, "cannot steer connections to slots");
                 }
@@ -278,6 +294,14 @@ impl Dispatcher {
         }
     }
 
+    fn member(&mut self, seat: Seat) -> Option<&mut Member> {
+        self.groups.get_mut(&seat.group)?.members.get_mut(&seat.slot)
+    }
+
+    fn is_sticky(&self, seat: Seat) -> bool {
+        self.groups.get(&seat.group).is_some_and(|group| group.pick == Pick::ByAddress)
+    }
+
     fn is_chosen(&self, seat: Seat) -> bool {
         self.groups.get(&seat.group).is_some_and(|group| group.steered.contains(&seat.slot))
     }
@@ -297,10 +321,7 @@ impl Dispatcher {
         let Some(socket) = self.sockets.get(&listener) else { return };
         let Some(seat) = socket.seat else { return };
         let queued = reuseport::queued(socket.socket.as_fd()).unwrap_or(0);
-        let Some(member) = self.groups.get_mut(&seat.group).and_then(|g| g.members.get_mut(&seat.slot))
-        else {
-            return;
-        };
+        let Some(member) = self.member(seat) else { return };
         if queued == 0 {
             member.looks = 0;
             member.pause = STUCK_FIRST;
@@ -308,21 +329,24 @@ impl Dispatcher {
             return;
         }
         member.looks += 1;
-        if member.looks > 1 && self.flow == Flow::Running && self.is_chosen(seat) {
+        let looks = member.looks;
+        let sticky = self.is_sticky(seat);
+        let (enough, limit) = if sticky { (AWAY_LOOKS, AWAY_AFTER_MS) } else { (LOOKS, STUCK_AFTER_MS) };
+        if looks >= enough && self.flow == Flow::Running && self.is_chosen(seat) {
             let age = self.take_one(seat, listener);
-            if age.is_some_and(|age| age >= STUCK_AFTER_MS) {
+            if age.is_some_and(|age| age >= limit) {
                 self.is_stuck(seat, listener);
                 return;
+            }
+            if sticky && let Some(member) = self.member(seat) {
+                member.looks = 0;
             }
         }
         self.at(self.now + LOOK, Deadline::Look(listener));
     }
 
     fn is_stuck(&mut self, seat: Seat, listener: ListenerIx) {
-        let Some(member) = self.groups.get_mut(&seat.group).and_then(|g| g.members.get_mut(&seat.slot))
-        else {
-            return;
-        };
+        let Some(member) = self.member(seat) else { return };
         member.stuck = true;
         member.looks = 0;
         let pause = member.pause;
@@ -334,7 +358,7 @@ impl Dispatcher {
     /// Its worker may have come to itself; if not, that shows soon.
     pub(super) fn unstick(&mut self, listener: ListenerIx) {
         let Some(seat) = self.sockets.get(&listener).and_then(|socket| socket.seat) else { return };
-        if let Some(member) = self.groups.get_mut(&seat.group).and_then(|g| g.members.get_mut(&seat.slot)) {
+        if let Some(member) = self.member(seat) {
             member.stuck = false;
             self.unsteered = true;
         }
@@ -345,9 +369,11 @@ impl Dispatcher {
         while self.flow == Flow::Running && self.take_one(seat, listener).is_some() {}
     }
 
-    /// Accepts one connection that waits at a slot and hands it to a worker of another; returns how many milliseconds it
-    /// has waited. `None` when there is no connection, or nobody to have it.
+    /// Accepts one connection that waits at a slot and hands it to a worker of another (to its own where the client
+    /// belongs to it, and has not waited for long); returns how many milliseconds it has waited. `None` when there is no
+    /// connection, or nobody to have it.
     fn take_one(&mut self, seat: Seat, listener: ListenerIx) -> Option<u32> {
+        let sticky = self.is_sticky(seat) && self.is_chosen(seat);
         loop {
             let target = self.free_elsewhere(seat);
             let group = self.groups.get_mut(&seat.group)?;
@@ -363,6 +389,8 @@ impl Dispatcher {
                 Ok(connection) => {
                     let age = reuseport::silent_ms(connection.as_fd()).unwrap_or(0);
                     let app = self.apps.get_mut(&group.app)?;
+                    let stays = sticky && age < AWAY_AFTER_MS && app.primary.wants_connection(listener);
+                    let target = if stays { listener } else { target };
                     app.primary.connection(target, Arc::new(connection), None);
                     self.hand_out(target);
                     return Some(age);

@@ -124,7 +124,7 @@ impl AppSpec {
     /// Whether every slot inherits listening sockets of its own, and the kernel is told which of them get connections.
     #[must_use]
     pub const fn inherits_slots(&self) -> bool {
-        matches!(self.balance, Balance::Slots) && !self.is_node_cluster() && !self.listen.is_empty()
+        self.balance.is_slots() && !self.is_node_cluster() && !self.listen.is_empty()
     }
 
     /// Whether an instance that is taken out of rotation gets no new connections, without its help.
@@ -267,6 +267,20 @@ pub enum Balance {
     Sticky,
     /// The kernel spreads connections over a socket for each slot (SO_REUSEPORT, socket(7)).
     Slots,
+    /// The same, and connections of one client address reach one slot.
+    StickySlots,
+}
+
+impl Balance {
+    /// The most instances that [`Balance::StickySlots`] chooses among: twelve instructions each, of the 4096 that the
+    /// kernel takes in a classic BPF program (BPF_MAXINSNS).
+    pub const STICKY_SLOTS_MAX: u32 = 300;
+
+    /// Whether every slot has a socket of its own.
+    #[must_use]
+    pub const fn is_slots(self) -> bool {
+        matches!(self, Self::Slots | Self::StickySlots)
+    }
 }
 
 /// When an instance counts as ready.
@@ -661,6 +675,7 @@ words! {
         Sticky = "sticky",
         Shared = "shared",
         Slots = "slots",
+        StickySlots = "sticky-slots",
     }
     Dependency { Ready = "ready", Started = "started" }
     KillMode { Target = "target", Group = "group", Main = "main" }

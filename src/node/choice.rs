@@ -11,7 +11,7 @@ use crate::model::spec::Balance;
 pub const fn is_by_turns(balance: Balance) -> bool {
     match balance {
         Balance::RoundRobin | Balance::LeastConnections | Balance::Sticky => true,
-        Balance::Shared | Balance::Slots => false,
+        Balance::Shared | Balance::Slots | Balance::StickySlots => false,
     }
 }
 

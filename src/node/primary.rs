@@ -208,10 +208,11 @@ impl<C: Clone> Primary<C> {
     fn key_for(&self, worker: WorkerIx, query: &Query, place: &Place) -> String {
         let key = query.key();
         match (self.workers.get(&worker), place) {
-            (
-                Some(Worker { balance: Balance::Slots, slot, .. }),
-                Place::Tcp { .. } | Place::TcpAny { .. },
-            ) => slot_key(&key, slot.0),
+            (Some(Worker { balance, slot, .. }), Place::Tcp { .. } | Place::TcpAny { .. })
+                if balance.is_slots() =>
+            {
+                slot_key(&key, slot.0)
+            }
             _ => key,
         }
     }
@@ -530,6 +531,12 @@ impl<C: Clone> Primary<C> {
             .filter(|worker| worker.open.iter().any(|open| open.listener == listener))
             .map(|worker| if worker.expected_until.is_some() { Rotation::In } else { worker.rotation });
         rotations.reduce(|a, b| if a == Rotation::In { a } else { b })
+    }
+
+    /// Whether a worker has this balance.
+    #[must_use]
+    pub fn balances(&self, balance: Balance) -> bool {
+        self.workers.values().any(|worker| worker.balance == balance)
     }
 
     /// Whether the app has neither workers nor listeners.

@@ -411,7 +411,7 @@ impl Run {
 /// Whether an instance accepts connections from a shared socket as soon as it listens, and can be asked to stop that.
 fn accepts_by_itself(spec: &AppSpec) -> bool {
     let shared = if spec.is_node_cluster() {
-        matches!(spec.balance, Balance::Shared | Balance::Slots)
+        matches!(spec.balance, Balance::Shared) || spec.balance.is_slots()
     } else {
         !spec.listen.is_empty()
     };

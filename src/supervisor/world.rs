@@ -52,6 +52,7 @@ use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::child::WaitStatus;
 use crate::sys::procfs::ProcessId;
+use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
 use crate::sys::{clock, orphans, poll};
@@ -349,8 +350,8 @@ impl World {
                 Vec::new()
             }
             Action::PutIn { id } => {
-                if self.runs.get(&id).is_some_and(|run| run.spec.inherits_slots()) {
-                    self.steering.put_in(&id);
+                if let Some(run) = self.runs.get(&id).filter(|run| run.spec.inherits_slots()) {
+                    self.steering.put_in(&id, Pick::of(run.spec.balance));
                     self.listeners.steer(&id.app, &self.steering);
                     return Vec::new();
                 }

@@ -12,6 +12,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use socket2::SockRef;
 
+use crate::model::spec::Balance;
+
 /// The most members a program can choose among: two instructions each, of the 4096 that the kernel takes (BPF_MAXINSNS).
 pub const MEMBERS_MAX: usize = 2000;
 
@@ -24,27 +26,47 @@ pub fn share(socket: BorrowedFd<'_>) -> io::Result<()> {
     SockRef::from(&socket).set_reuse_port(true)
 }
 
-/// Lets the group of `socket` send each new connection to one of these members at random.
+/// How a member is chosen for a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pick {
+    /// Any of them.
+    Random,
+    /// The one that the client's address belongs to. While its member is away a client goes to another, and all others
+    /// stay where they are (rendezvous hashing).
+    ByAddress,
+}
+
+impl Pick {
+    /// As workers with this balance have it.
+    #[must_use]
+    pub const fn of(balance: Balance) -> Self {
+        if matches!(balance, Balance::StickySlots) { Self::ByAddress } else { Self::Random }
+    }
+}
+
+/// Lets the group of `socket` send each new connection to one of these members.
 ///
 /// # Errors
-/// EINVAL when `members` is empty or has more than [`MEMBERS_MAX`], or the socket does not listen.
-pub fn steer(socket: BorrowedFd<'_>, members: &[u32]) -> io::Result<()> {
-    let program = program(members).ok_or(io::ErrorKind::InvalidInput)?;
+/// EINVAL when `members` is empty or there are too many ([`MEMBERS_MAX`], [`Balance::STICKY_SLOTS_MAX`]), or the socket
+/// does not listen.
+pub fn steer(socket: BorrowedFd<'_>, members: &[u32], pick: Pick) -> io::Result<()> {
+    let program = match pick {
+        _ if members.len() == 1 => vec![ret(members[0])],
+        Pick::Random => at_random(members).ok_or(io::ErrorKind::InvalidInput)?,
+        Pick::ByAddress => by_address(members).ok_or(io::ErrorKind::InvalidInput)?,
+    };
     attach(socket, &program)
 }
 
 /// What the program reads for a random number: `SKF_AD_OFF + SKF_AD_RANDOM` (linux/filter.h, Linux 3.16).
 const RANDOM: u32 = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM).cast_unsigned();
 
-fn program(members: &[u32]) -> Option<Vec<libc::sock_filter>> {
+fn at_random(members: &[u32]) -> Option<Vec<libc::sock_filter>> {
     if members.len() > MEMBERS_MAX {
         return None;
     }
     let count = u32::try_from(members.len()).ok()?;
     let (last, others) = members.split_last()?;
-    if others.is_empty() {
-        return Some(vec![ret(*last)]);
-    }
     let mut program = vec![
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, RANDOM),
         op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count),
@@ -56,15 +78,86 @@ fn program(members: &[u32]) -> Option<Vec<libc::sock_filter>> {
     }
     for (number, member) in (0..).zip(others) {
         // Over the next instruction when it is another number.
-        program.push(libc::sock_filter {
-            jt: 0,
-            jf: 1,
-            ..op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, number)
-        });
+        program.push(jump(libc::BPF_JEQ | libc::BPF_K, number, 0, 1));
         program.push(ret(*member));
     }
     program.push(ret(*last));
     Some(program)
+}
+
+/// Where a byte or word of the IP header is (`SKF_NET_OFF`, linux/filter.h).
+fn header(offset: u32) -> u32 {
+    libc::SKF_NET_OFF.cast_unsigned() + offset
+}
+
+/// Odd numbers whose bits look random: the golden ratio, and a prime of xxHash.
+const MIX: [u32; 2] = [0x9e37_79b1, 0x85eb_ca77];
+
+/// A is mixed so that all of its bits depend on all others.
+fn mix() -> [libc::sock_filter; 5] {
+    [
+        op(libc::BPF_ALU | libc::BPF_MUL | libc::BPF_K, MIX[0]),
+        op(libc::BPF_MISC | libc::BPF_TAX, 0),
+        op(libc::BPF_ALU | libc::BPF_RSH | libc::BPF_K, 15),
+        op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0),
+        op(libc::BPF_ALU | libc::BPF_MUL | libc::BPF_K, MIX[1]),
+    ]
+}
+
+/// Each member has a number for the client, and the highest wins. The source address is in the IP header: its four
+/// bytes of version 4, the two words of a version 6 network (/64), within which a client may change its address.
+fn by_address(members: &[u32]) -> Option<Vec<libc::sock_filter>> {
+    /// The client, the highest number so far, and whose it is.
+    const CLIENT: u32 = 0;
+    const HIGHEST: u32 = 1;
+    const WINNER: u32 = 2;
+    let load = |size, offset| op(libc::BPF_LD | size | libc::BPF_ABS, header(offset));
+    if members.is_empty() || members.len() > Balance::STICKY_SLOTS_MAX as usize {
+        return None;
+    }
+    let mut program = vec![
+        load(libc::BPF_B, 0),
+        op(libc::BPF_ALU | libc::BPF_RSH | libc::BPF_K, 4),
+        jump(libc::BPF_JEQ | libc::BPF_K, 6, 2, 0),
+        load(libc::BPF_W, 12),
+        // Over what version 6 needs.
+        jump(libc::BPF_JA, 9, 0, 0),
+        load(libc::BPF_W, 8),
+    ];
+    program.extend(mix());
+    program.extend([
+        op(libc::BPF_MISC | libc::BPF_TAX, 0),
+        load(libc::BPF_W, 12),
+        op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0),
+    ]);
+    program.extend(mix());
+    program.extend([
+        op(libc::BPF_ST, CLIENT),
+        op(libc::BPF_LD | libc::BPF_IMM, 0),
+        op(libc::BPF_ST, HIGHEST),
+        op(libc::BPF_LD | libc::BPF_IMM, members[0]),
+        op(libc::BPF_ST, WINNER),
+    ]);
+    for member in members {
+        program.push(op(libc::BPF_LD | libc::BPF_MEM, CLIENT));
+        program.push(op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_K, (member + 1).wrapping_mul(MIX[1])));
+        program.extend(mix());
+        program.extend([
+            op(libc::BPF_LDX | libc::BPF_MEM, HIGHEST),
+            jump(libc::BPF_JGT | libc::BPF_X, 0, 0, 3),
+            op(libc::BPF_ST, HIGHEST),
+            op(libc::BPF_LD | libc::BPF_IMM, *member),
+            op(libc::BPF_ST, WINNER),
+        ]);
+    }
+    program.push(op(libc::BPF_LD | libc::BPF_MEM, WINNER));
+    program.push(op(libc::BPF_RET | libc::BPF_A, 0));
+    Some(program)
+}
+
+/// Over `yes` instructions when it is so, else over `no`; `BPF_JA` over `k`.
+fn jump(code: u32, k: u32, yes: u8, no: u8) -> libc::sock_filter {
+    libc::sock_filter { jt: yes, jf: no, ..op(libc::BPF_JMP | code, k) }
 }
 
 fn ret(member: u32) -> libc::sock_filter {
@@ -173,7 +266,7 @@ mod tests {
     fn a_program_sends_connections_to_its_members_only_and_to_each() {
         let (sockets, at) = group(4);
         for members in [vec![0, 1, 2, 3], vec![2], vec![1, 3], vec![0]] {
-            steer(sockets[0].as_fd(), &members).unwrap();
+            steer(sockets[0].as_fd(), &members, Pick::Random).unwrap();
             let spread = spread(&sockets, at, 120);
             assert_eq!(spread.iter().sum::<u32>(), 120);
             for (number, count) in (0..).zip(spread) {
@@ -185,20 +278,76 @@ mod tests {
     #[test]
     fn a_socket_that_listened_alone_becomes_the_first_of_a_group() {
         let (sockets, at) = group(2);
-        steer(sockets[1].as_fd(), &[0]).unwrap();
+        steer(sockets[1].as_fd(), &[0], Pick::Random).unwrap();
         assert_eq!(spread(&sockets, at, 10), [10, 0]);
-        steer(sockets[1].as_fd(), &[1]).unwrap();
+        steer(sockets[1].as_fd(), &[1], Pick::ByAddress).unwrap();
         assert_eq!(spread(&sockets, at, 10), [0, 10]);
+    }
+
+    /// The member that a client of this loopback address reaches.
+    fn member_of(client: u8, sockets: &[OwnedFd], at: SocketAddr) -> usize {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 3, client], 0)).into()).unwrap();
+        socket.connect(&at.into()).unwrap();
+        let queued = |socket: &OwnedFd| queued(socket.as_fd()).unwrap() > 0;
+        let member = sockets.iter().position(queued).unwrap();
+        listen::accept(sockets[member].as_fd()).unwrap();
+        member
+    }
+
+    #[test]
+    fn by_address_a_client_keeps_its_member_and_only_those_of_one_that_is_away_move() {
+        let (sockets, at) = group(4);
+        let all = |members: &[u32]| -> Vec<usize> {
+            steer(sockets[2].as_fd(), members, Pick::ByAddress).unwrap();
+            (1..=100).map(|client| member_of(client, &sockets, at)).collect()
+        };
+        let first = all(&[0, 1, 2, 3]);
+        assert_eq!(all(&[0, 1, 2, 3]), first);
+        for member in 0..4 {
+            let clients = first.iter().filter(|each| **each == member).count();
+            assert!((10..=45).contains(&clients), "{member}: {clients} of 100");
+        }
+        for (now, before) in all(&[0, 1, 3]).into_iter().zip(&first) {
+            assert!(now != 2 && (now == *before || *before == 2), "{before} -> {now}");
+        }
+        assert_eq!(all(&[0, 1, 2, 3]), first);
+    }
+
+    #[test]
+    fn by_address_the_network_of_a_version_6_client_decides() {
+        let Ok(first) = listen::tcp("[::1]:0".parse().unwrap(), Stack::Dual, BACKLOG) else {
+            println!("no IPv6 here: not tried");
+            return;
+        };
+        let at = listen::local_address(first.as_fd()).unwrap().unwrap();
+        share(first.as_fd()).unwrap();
+        let second = listen::tcp_beside(first.as_fd(), BACKLOG).unwrap();
+        steer(first.as_fd(), &[0, 1], Pick::ByAddress).unwrap();
+        let sockets = [first, second];
+        let spread = spread(&sockets, at, 20);
+        assert!(spread.contains(&0) && spread.contains(&20), "one client, one member: {spread:?}");
     }
 
     #[test]
     fn nobody_and_too_many_are_refused() {
         let (sockets, _) = group(2);
-        assert_eq!(steer(sockets[0].as_fd(), &[]).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            steer(sockets[0].as_fd(), &[], Pick::Random).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
         let many: Vec<u32> = (0..5000).collect();
-        assert_eq!(steer(sockets[0].as_fd(), &many).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            steer(sockets[0].as_fd(), &many, Pick::Random).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
+        let most: Vec<u32> = (0..300).collect();
+        steer(sockets[0].as_fd(), &most, Pick::ByAddress).unwrap();
+        let more: Vec<u32> = (0..301).collect();
+        let refused = steer(sockets[0].as_fd(), &more, Pick::ByAddress).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
         let odd: Vec<u32> = (0..2000).map(|n| n * 2).collect();
-        steer(sockets[0].as_fd(), &odd).unwrap();
+        steer(sockets[0].as_fd(), &odd, Pick::Random).unwrap();
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::support::load::{Connections, Load};
 use super::support::node::{self, Node};
 use super::support::{Home, PATIENT, SOON, fixture, free_port, process, secs, wait_until};
 
-const POLICIES: [&str; 5] = ["round-robin", "least-connections", "sticky", "shared", "slots"];
+const POLICIES: [&str; 6] = ["round-robin", "least-connections", "sticky", "shared", "slots", "sticky-slots"];
 
 fn app(port: u16, balance: &str, instances: u32, keys: &str) -> String {
     format!(
@@ -186,11 +186,10 @@ fn spread_of_connections_over_4_workers_is_within_20_percent() {
 
 // Sticky. ---------------------------------------------------------------------------------------------------------
 
-#[test]
-fn a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash() {
+fn a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash(balance: &str) {
     let home = Home::new();
     let port = free_port();
-    home.start(&app(port, "sticky", 4, ""));
+    home.start(&app(port, balance, 4, ""));
     let slots = || -> Vec<String> { (0..40).map(|n| slot_of(local(n), port)).collect() };
     let first = slots();
     assert_eq!(first.iter().collect::<BTreeSet<_>>().len(), 4, "{first:?}");
@@ -215,6 +214,35 @@ fn a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_
     home.start(&app(port, "round-robin", 4, "").replace("'web'", "'turns'"));
     let turns: BTreeSet<String> = (0..8).map(|_| slot_of(local(1), port)).collect();
     assert!(turns.len() > 1, "{turns:?}");
+}
+
+#[test]
+fn a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash_sticky() {
+    a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash("sticky");
+}
+
+#[test]
+fn a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash_sticky_slots() {
+    a_client_stays_at_its_slot_over_reloads_and_supervisors_and_comes_back_after_a_crash("sticky-slots");
+}
+
+#[test]
+fn a_client_of_a_slot_that_hangs_goes_to_another_until_it_is_back() {
+    let home = Home::new();
+    let port = free_port();
+    home.start(&app(port, "sticky-slots", 2, "kill_timeout = '1s'"));
+    let hung = (0..100).map(local).find(|client| slot_of(*client, port) == "0").unwrap();
+    let pid = home.rows_of("web")[0].pid;
+    freeze(pid);
+    let clients: Vec<_> = (0..5).map(|_| std::thread::spawn(move || slot_of(hung, port))).collect();
+    for client in clients {
+        assert_eq!(client.join().unwrap(), "1");
+    }
+    process::signal(pid, Signal::SIGCONT);
+    wait_until("its clients are back", PATIENT, || {
+        let slot = slot_of(hung, port);
+        if slot == "0" { Ok(()) } else { Err(slot) }
+    });
 }
 
 #[test]
@@ -388,7 +416,16 @@ fn a_reload_to_any_other_balance_loses_nothing() {
     let port = free_port();
     home.start(&app(port, "round-robin", 2, ""));
     let load = Load::start(port, 8, Connections::OnePerRequest);
-    for balance in ["slots", "shared", "slots", "sticky", "slots", "least-connections", "round-robin"] {
+    for balance in [
+        "slots",
+        "shared",
+        "sticky-slots",
+        "sticky",
+        "slots",
+        "sticky-slots",
+        "least-connections",
+        "round-robin",
+    ] {
         home.ecosystem(&app(port, balance, 2, ""));
         home.ok(&["reload", "ecosystem.toml"]);
         load.more(150);

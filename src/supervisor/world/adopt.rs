@@ -19,6 +19,7 @@ use crate::node::messages::split_slot_key;
 use crate::supervisor::listeners::Listeners;
 use crate::supervisor::ready;
 use crate::sys::procfs::ProcessId;
+use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{Instance, TreeOp};
 
@@ -95,6 +96,7 @@ impl World {
             });
             self.take_over(child, tag, spec.clone(), memo, &mut legacy.held);
         }
+        self.dispatch.send(Command::Adopted);
         self.adopt_steering();
         self.write_pid_files();
         // Left by a run that was forgotten, or by an app that was deleted, in the instant its supervisor died: a port
@@ -127,8 +129,8 @@ impl World {
     /// The kernel still does as it was told; those that run are told to it again as soon as one of them comes or goes.
     fn adopt_steering(&mut self) {
         let running = self.runs.iter().filter(|(_, run)| run.spec.inherits_slots() && !run.end.exited);
-        for (id, _) in running {
-            self.steering.put_in(id);
+        for (id, run) in running {
+            self.steering.put_in(id, Pick::of(run.spec.balance));
         }
     }
 
