@@ -20,7 +20,7 @@ use super::hooks::HookRuns;
 use super::instance::{Phase, ReadySource, Run, START_SETTLE, Wait, ready_source};
 use super::ledger::{After, Ledger, Serial};
 use super::news::{News, Subject, What};
-use super::operation::{Operation, Stage};
+use super::operation::Operation;
 use super::slot::{Rest, SlotState};
 use super::stop::{Cause, Descent};
 use super::vocabulary::{Action, IdleConnections, Step, StepKind};
@@ -362,6 +362,8 @@ impl App {
         let Some(state) = self.slots.get_mut(&slot) else { return false };
         let Some(run) = state.runs.iter_mut().rev().find(|run| run.is_reserve()) else { return false };
         run.phase = Phase::Ready;
+        // The row goes on with this one, as if it had never been replaced.
+        state.restarts = state.restarts.saturating_sub(1);
         let (id, pm_id) = (run.id.clone(), run.pm_id);
         run.serve(shared.now, &mut shared.actions);
         self.step(&id, pm_id, StepKind::Restored);
@@ -396,10 +398,11 @@ impl App {
         if self.unprepared {
             return;
         }
-        // A start waits for its hook.
+        // A start, or other rules, wait for their save and their hook: what came to be before would run what was.
         if let Some(operation) = &self.operation
-            && operation.stage == Stage::Preparing
-            && (operation.held_back || (operation.kind == Kind::Start && operation.covers(slot)))
+            && !operation.stage.acts()
+            && (operation.held_back
+                || (matches!(operation.kind, Kind::Start | Kind::Scale) && operation.covers(slot)))
         {
             return;
         }

@@ -357,6 +357,11 @@ impl App {
                 };
                 Ok(Plan { regardless, ..plan(Kind::Restart, slots, spec, change) })
             }
+            // There is nothing to be replaced, and nothing to go back to; but perhaps something to wait for.
+            Ask::Reload { slots, spec } if !self.is_up() && saved.is_some() => {
+                let change = Change::Start { app, slots: slots.clone(), spec: spec.clone() };
+                Ok(plan(Kind::Start, slots, spec, change))
+            }
             Ask::Reload { slots, spec } => Ok(reload_plan(app, slots, spec)),
             Ask::Delete => Ok(plan(Kind::Delete, None, None, Change::Condemn { app })),
             Ask::Scale { instances } => {

@@ -3,7 +3,8 @@
 //! An app that is started from rest (by a command, at boot, from the saved list) waits until those it needs are as far as
 //! it needs them; it is listed meanwhile, and has no process that could not be stopped at once. An app that is going
 //! down waits until those that need it and go down too are gone. Nothing here starts or restarts anything: a crash of
-//! what is needed is no business of those that need it.
+//! what is needed is no business of those that need it. Nobody waits in a circle: commands that would make one are
+//! refused (`requests`), and of one that comes about all the same a link is ignored.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,11 +36,39 @@ impl Graph {
                 continue;
             }
             graph.needs.insert(name.clone(), app.spec.depends_on.clone());
-            for needed in app.spec.depends_on.keys() {
+        }
+        graph.open_circles();
+        for (name, needs) in &graph.needs {
+            for needed in needs.keys() {
                 graph.needed_by.entry(needed.clone()).or_default().insert(name.clone());
             }
         }
         graph
+    }
+
+    /// Takes out the link by which a circle closes. Commands that were under way together, or a failed reload that goes
+    /// back to what its app needed before, can leave one; everybody in it would wait for ever, also to go down.
+    fn open_circles(&mut self) {
+        let mut done: BTreeSet<AppName> = BTreeSet::new();
+        let names: Vec<AppName> = self.needs.keys().cloned().collect();
+        for name in names {
+            let mut trail = vec![name];
+            // Depth first; what has been left behind is in no circle.
+            while let Some(here) = trail.last().cloned() {
+                let needs = self.needs.get_mut(&here);
+                let next = needs.as_ref().and_then(|needs| needs.keys().find(|next| !done.contains(*next)));
+                match next.cloned() {
+                    None => {
+                        trail.pop();
+                        done.insert(here);
+                    }
+                    Some(next) if trail.contains(&next) => {
+                        needs.map(|needs| needs.remove(&next));
+                    }
+                    Some(next) => trail.push(next),
+                }
+            }
+        }
     }
 
     /// Every app that waits for this one, or that it waits for.
@@ -170,11 +199,12 @@ impl App {
         met
     }
 
-    /// What keeps the start of one of these slots from ever going on, as things are.
+    /// What keeps the start of all of these slots from ever going on, as things are: whoever asked for them hears of it when
+    /// nothing else is left to be waited for.
     pub(super) fn hopeless(&self, slots: &BTreeSet<Slot>, shared: &Shared) -> Option<(AppName, String)> {
         let waits =
             |slot: &Slot| self.slots.get(slot).is_some_and(|state| state.gated && state.runs.is_empty());
-        if !slots.iter().any(waits) {
+        if slots.is_empty() || !slots.iter().all(waits) {
             return None;
         }
         self.unmet(shared).into_iter().find_map(|(name, level)| match level {

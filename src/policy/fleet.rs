@@ -136,6 +136,10 @@ impl Fleet {
     pub fn limit_starts(&mut self, at_once: u32) {
         self.settings.start_parallelism = at_once;
         self.shared.ledger.wanted.start_parallelism = Some(at_once);
+        // What is being saved takes the place of what is wanted.
+        if let Some(batch) = &mut self.shared.ledger.under_way {
+            batch.candidate.start_parallelism = Some(at_once);
+        }
     }
 
     /// When `DeadlineReached` is due; `None`: never, unless something else happens.
@@ -485,6 +489,10 @@ impl Fleet {
         for one in pending {
             match one.after {
                 After::Begin { app, serial } => self.with_app(&app, |app, shared| {
+                    let rules = matches!(one.change, Change::Adjust { .. } | Change::Scale { .. });
+                    if rules && error.is_none() {
+                        app.follow_rules(shared);
+                    }
                     app.saved(serial, error, one.regardless, shared);
                 }),
                 After::Close { app, serial } => {

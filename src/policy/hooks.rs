@@ -23,6 +23,7 @@ use crate::model::spec::AppSpec;
 use super::admit::Kind;
 use super::app::{App, Shared};
 use super::ledger::{After, Pending, Serial};
+use super::news::What;
 use super::operation::{Operation, Stage, Trigger};
 use super::slot::Rest;
 use super::vocabulary::{Action, AppOutcome, HookEnd, StepKind};
@@ -199,8 +200,11 @@ impl App {
                 spec: Arc::clone(&wish.spec),
                 errored: wish.errored.clone(),
             });
+            let step = StepKind::Hook { kind: wish.kind };
             if wish.waits.is_some() {
-                self.step(&id, pm_id, StepKind::Hook { kind: wish.kind });
+                self.step(&id, pm_id, step);
+            } else {
+                self.happened(&id, pm_id, What::Step(step));
             }
             self.hooks.running = Some(Running { id, wish, until, killed: None });
         }
@@ -235,7 +239,9 @@ impl App {
 
     /// What was to prepare a start was superseded by the stop of another slot: the rest is still to be started.
     pub(super) fn prepare_again(&mut self, shared: &mut Shared) {
-        if !self.unprepared || self.operation.is_some() || self.next.is_some() || shared.doomed {
+        // What waited behind the stop goes first, and brings its own hook.
+        let follows = self.next.is_some() || shared.due.iter().any(|(app, ..)| *app == self.name);
+        if !self.unprepared || self.operation.is_some() || follows || shared.doomed {
             return;
         }
         self.unprepared = false;
@@ -259,6 +265,8 @@ impl App {
             (None, HookEnd::Succeeded) => None,
             (None, HookEnd::Failed(why)) => Some(why),
         };
+        let pm_id = self.slots.values().next().map_or(PmId(0), |state| state.pm_id);
+        self.happened(id, pm_id, What::HookEnded { kind: wish.kind, failure: failure.clone() });
         if let Some(operation) = &mut self.operation
             && wish.waits == Some(operation.serial)
         {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, OpId, PmId};
 use crate::model::moment::Moment;
+use crate::model::saved::HookKind;
 
 use super::vocabulary::StepKind;
 
@@ -75,6 +76,13 @@ pub enum What {
     Ended {
         /// How.
         reason: ExitReason,
+    },
+    /// A hook has ended, with everything that it had started.
+    HookEnded {
+        /// Which.
+        kind: HookKind,
+        /// Why it failed; `None`: it did not.
+        failure: Option<String>,
     },
     /// The app is not started before others are there.
     Waiting {

@@ -284,8 +284,7 @@ impl App {
         let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
         let wanted: Vec<(Slot, Desired)> =
             saved.slots.iter().enumerate().map(|(index, slot)| (slot_at(index), slot.desired)).collect();
-        let (spec, revision) = (Arc::clone(&saved.spec), saved.revision);
-        let wished = spec.instances;
+        let (revision, wished) = (saved.revision, saved.spec.instances);
         self.sync(shared);
         let was_up = self.is_up() || self.runs().next().is_some();
         let Some(operation) = &mut self.operation else { return };
@@ -333,14 +332,6 @@ impl App {
                 }
             }
             Kind::Scale => {
-                let mut asked_anew = Vec::new();
-                for run in self.slots.values_mut().flat_map(|state| &mut state.runs) {
-                    if run.revision == revision {
-                        asked_anew.extend(run.take_over(&spec, shared.now));
-                    }
-                }
-                shared.actions.push(Action::TakeOver { app: self.name.clone(), spec, revision });
-                shared.actions.extend(asked_anew);
                 for slot in chosen {
                     if let Some(state) = self.slots.get(&slot)
                         && !state.launched
@@ -383,6 +374,17 @@ impl App {
         for slot in anew {
             self.stop_runs(slot, IdleConnections::Close, shared, |_| true);
         }
+    }
+
+    /// Other rules are durable: what runs follows them, whatever becomes of the operation that brought them.
+    pub(super) fn follow_rules(&mut self, shared: &mut Shared) {
+        let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
+        let (spec, revision) = (Arc::clone(&saved.spec), saved.revision);
+        let runs = self.slots.values_mut().flat_map(|state| &mut state.runs);
+        let same = runs.filter(|run| run.revision == revision);
+        let asked_anew: Vec<Action> = same.filter_map(|run| run.take_over(&spec, shared.now)).collect();
+        shared.actions.push(Action::TakeOver { app: self.name.clone(), spec, revision });
+        shared.actions.extend(asked_anew);
     }
 
     /// Takes the operation one step further. Says whether there may be another one.

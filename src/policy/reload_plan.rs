@@ -52,7 +52,7 @@ pub enum Course {
     Waits(&'static str),
     /// It would be refused because of what is going on.
     Refused(&'static str),
-    /// There is no such app: it would be started.
+    /// There is no such app, or nothing of it runs: it would be started.
     Starts,
 }
 
@@ -111,6 +111,7 @@ impl Fleet {
         let spec = spec.or_else(|| saved.map(|saved| Arc::clone(&saved.spec)))?;
         let course = match app {
             None => Course::Starts,
+            Some(app) if app.operation.is_none() && !app.is_up() => Course::Starts,
             Some(app) => {
                 let going = app.operation.as_ref().map_or("operation", |operation| operation.kind.name());
                 match app.verdict(ask, &self.shared) {

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, OpId, Slot};
-use crate::model::saved::{Desired, SavedFleet};
+use crate::model::saved::{Desired, SavedApp, SavedFleet, SavedSlot};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Ask, Verdict};
@@ -16,7 +17,7 @@ use super::plan::{self, Measure, Plan, Planned, Present};
 use super::restart::Streak;
 use super::slot::Rest;
 use super::vocabulary::{Action, AppOutcome, Command, Outcome, Refusal, Selected, Verb};
-use super::wanted::slot_at;
+use super::wanted::{slot_at, spec_of};
 impl Fleet {
     pub(super) fn asked(&mut self, op: OpId, command: Command) {
         if self.ending.is_some() {
@@ -97,10 +98,7 @@ impl Fleet {
             up: 0,
             ended: 0,
             down: 0,
-            mixed: idle
-                && saved.slots.iter().any(|slot| {
-                    slot.desired == Desired::Running && slot.revision != 0 && slot.revision != saved.revision
-                }),
+            mixed: idle && saved.slots.iter().any(|slot| is_of_another(slot, saved)),
         };
         for state in app.slots.values() {
             if state.is_up() || !idle {
@@ -145,7 +143,9 @@ impl Fleet {
         let wanted = &self.shared.ledger.wanted;
         let spec_of = |name: &AppName| {
             let new = specs.iter().find(|spec| spec.name == *name).map(|spec| &***spec);
-            new.or_else(|| wanted.app(name).map(|app| &*app.spec))
+            // What is about to be wanted counts as wanted.
+            let under_way = || self.apps.get(name)?.operation.as_ref()?.target.as_deref();
+            new.or_else(under_way).or_else(|| wanted.app(name).map(|app| &*app.spec))
         };
         let found = specs
             .iter()
@@ -235,6 +235,16 @@ impl Fleet {
         }
         self.reply(op, Outcome::Done { apps });
     }
+}
+
+/// Whether an instance runs what the spec does not say: a reload has left it behind. One that was replaced alone, because
+/// somebody asked for that or because it was unhealthy, has left no other behind.
+fn is_of_another(slot: &SavedSlot, saved: &SavedApp) -> bool {
+    let other = || differences(spec_of(saved, slot.revision), &saved.spec);
+    slot.desired == Desired::Running
+        && slot.revision != 0
+        && slot.revision != saved.revision
+        && other().iter().any(|one| one.weight == Weight::Process)
 }
 
 fn part_of(step: &Planned, plan: &Plan) -> Part {

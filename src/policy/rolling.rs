@@ -182,19 +182,25 @@ impl App {
             .filter(|slot| operation.covers(*slot) && !operation.replaced.contains(slot))
             .collect();
         for slot in slots {
-            self.stop_runs_because(slot, cause, IdleConnections::Wait, shared, |run| {
-                run.revision == operation.revision
-            });
+            let is_new = |run: &Run| run.revision == operation.revision;
+            if let Some(state) = self.slots.get_mut(&slot)
+                && state.live().any(is_new)
+                && state.live().any(|run| !is_new(run))
+            {
+                // The row goes on with the old one: nobody saw this run do anything.
+                state.restarts = state.restarts.saturating_sub(1);
+            }
+            self.stop_runs_because(slot, cause, IdleConnections::Wait, shared, is_new);
         }
     }
 
     /// A failed reload that leaves finished slots as they are: when the last new run is gone, that is saved.
     pub(super) fn drive_abort(&mut self, shared: &mut Shared) -> bool {
+        let mut moved = self.spare_reserve(shared);
         let Some(operation) = &self.operation else { return false };
         let (revision, replaced) = (operation.revision, operation.replaced.clone());
         let had = self.had_before(shared);
         let mut gone = true;
-        let mut moved = false;
         for (slot, state) in &mut self.slots {
             if !operation.covers(*slot) || replaced.contains(slot) {
                 continue;
@@ -208,6 +214,25 @@ impl App {
         }
         if gone {
             self.close(Change::Revert { app: self.name.clone(), replaced }, shared);
+        }
+        moved
+    }
+
+    /// A slot is not finished whose new run is lost while the old one is still there, after a switch: that one serves on.
+    fn spare_reserve(&mut self, shared: &mut Shared) -> bool {
+        let Some(operation) = &self.operation else { return false };
+        let (revision, replaced) = (operation.revision, operation.replaced.clone());
+        let lost = |slot: &Slot| {
+            let runs = self.slots.get(slot).into_iter().flat_map(|state| state.live());
+            !runs.into_iter().any(|run| run.revision == revision)
+        };
+        let lost: Vec<Slot> = replaced.into_iter().filter(lost).collect();
+        let mut moved = false;
+        for slot in lost {
+            if self.put_back(slot, shared) {
+                self.hold(slot);
+                moved |= self.operation.as_mut().is_some_and(|operation| operation.replaced.remove(&slot));
+            }
         }
         moved
     }

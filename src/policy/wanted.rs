@@ -180,8 +180,9 @@ impl Wanted {
             }
             Change::Stop { app, slots } => {
                 self.edit(app, |app, next| {
-                    // Who stops an app in the middle of a reload says how far that was with a `Revert` before this; a
-                    // supervisor that does not know takes everything back.
+                    // Who stops an app in the middle of a reload says how far that was with a `Revert` before this, and
+                    // of a restart that had begun that it is done (`Finish`). What had not begun is taken back, and so is
+                    // everything by a supervisor that does not know.
                     revert(app, &BTreeSet::new(), next);
                     app.operation = None;
                     for slot in chosen(app, slots.as_ref(), usize::MAX) {
@@ -344,8 +345,9 @@ fn condemn(app: &mut SavedApp) {
 /// Slots that were not replaced return to the release before; without any replaced slot the whole app does. Slots
 /// that only the failed release asked for go with it, unless they or others behind them were finished.
 fn revert(app: &mut SavedApp, replaced: &BTreeSet<Slot>, next_pm_id: &mut u32) {
-    // The reload itself was never saved: there is nothing to return from.
-    if app.operation.take_if(|operation| *operation == SavedOperation::Reload).is_none() {
+    // What it was to be never was saved, or it is over: there is nothing to return from.
+    let release = |operation: &mut SavedOperation| *operation != SavedOperation::Delete;
+    if app.operation.take_if(release).is_none() {
         return;
     }
     let Some((old_spec, old_revision)) = app.previous.clone() else { return };

@@ -109,7 +109,8 @@ impl Journal {
         };
         line.put("event", name);
         line.put("app", app.as_str());
-        if let Some(subject) = run {
+        // A hook has no place of its own: it is its app's.
+        if let Some(subject) = run.filter(|subject| !subject.id.slot.is_hook()) {
             line.put("slot", subject.id.slot.0);
             line.put("generation", subject.id.generation.0);
             line.put("pm_id", subject.pm_id.0);
@@ -308,6 +309,9 @@ fn words(what: &What) -> Value {
         What::RestartScheduled { delay } => json!({ "restart_scheduled": { "in_ms": ms(delay) } }),
         What::Errored { reason } => json!({ "errored": { "reason": reason.to_string() } }),
         What::Ended { reason } => json!({ "ended": { "reason": reason.to_string() } }),
+        What::HookEnded { kind, failure } => {
+            json!({ "hook_ended": { "hook": kind.to_string(), "failure": failure } })
+        }
         What::Waiting { on } => {
             let on: Vec<&str> = on.iter().map(|app| app.as_str()).collect();
             json!({ "waiting": { "on": on } })
@@ -357,6 +361,7 @@ mod tests {
 
     use super::*;
     use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
+    use crate::model::saved::HookKind;
     use crate::policy::news::Subject;
     use crate::policy::vocabulary::StepKind;
     use crate::store::events::{FILE_MAX, seq_of};
@@ -390,6 +395,29 @@ mod tests {
         let time = first["time"].as_str().unwrap();
         assert!(time.len() == 27 && time.parse::<Timestamp>().is_ok(), "{time}");
         assert_eq!((&lines[1]["event"], &lines[1]["seq"]), (&json!("in_rotation"), &json!(2)));
+    }
+
+    #[test]
+    fn a_hook_is_its_apps_and_no_instance() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        let mut journal = Journal::start(path.clone(), FILE_MAX, None).unwrap();
+        let kind = HookKind::PreReload;
+        for what in [
+            What::Step(StepKind::Hook { kind }),
+            What::HookEnded { kind, failure: Some("exit code 4".into()) },
+        ] {
+            let mut news = news(what);
+            news.run.as_mut().unwrap().id.slot = Slot::HOOK;
+            journal.news(news, None);
+        }
+        journal.hand_over();
+        drop(journal);
+        let text = fs::read_to_string(path).unwrap();
+        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((&lines[0]["event"], &lines[0]["hook"]), (&json!("hook"), &json!("pre_reload")));
+        assert_eq!((&lines[1]["event"], &lines[1]["failure"]), (&json!("hook_ended"), &json!("exit code 4")));
+        assert!(lines.iter().all(|line| line["app"] == "api" && line.get("slot").is_none()), "{lines:?}");
     }
 
     /// Killed after any number of written lines: the next one has the rest from the blob, and none twice.

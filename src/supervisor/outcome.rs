@@ -304,6 +304,10 @@ pub fn reload_plan_view(plan: ReloadPlan, fault: Option<String>) -> ReloadPlanVi
 pub fn refused(refusal: &Refusal) -> Refused {
     let (code, hint) = match refusal {
         Refusal::NoSuchApp(_) => (3, Some("`pm list` shows what there is.")),
+        // What ends an app cannot be aborted.
+        Refusal::Busy { operation: "stop" | "delete", .. } => {
+            (5, Some("Run the command again when it has ended."))
+        }
         Refusal::Busy { .. } => (5, Some("Wait for it to end, or stop the app: that aborts it.")),
         Refusal::Ending => (5, Some("Run the command again when the daemon has ended.")),
         Refusal::Invalid(_) => (2, None),

@@ -193,7 +193,9 @@ fn planned(step: &Planned, fleet: &Fleet) -> Option<AppAim> {
 
 fn act(verb: Verb, selected: &Selected, fleet: &Fleet) -> AppAim {
     let Selected { app, slots } = selected;
-    let running = fleet.app(app).filter(|view| runs(view, slots.as_deref())).map(|view| view.revision);
+    let view = fleet.app(app);
+    let known = view.as_ref().map(|view| view.revision);
+    let running = known.filter(|_| view.is_some_and(|view| runs(&view, slots.as_deref())));
     let (goal, what) = match (verb, running) {
         (Verb::Stop, _) => (Goal::Down, Past::Stopped),
         (Verb::Delete, _) => {
@@ -204,6 +206,8 @@ fn act(verb: Verb, selected: &Selected, fleet: &Fleet) -> AppAim {
             let goal = if left == 0 { Goal::Gone } else { Goal::Count(left) };
             return AppAim { app: app.clone(), slots: None, goal, what: Past::Deleted };
         }
+        // A restart is a release also of what is down; what was given up is wanted before anybody asks.
+        (Verb::Restart, None) if known.is_some() => (Goal::After(known.unwrap_or(0)), Past::Restarted),
         (Verb::Start | Verb::Restart | Verb::Reload, None) => (Goal::Up, Past::Started),
         (Verb::Start | Verb::Restart, Some(revision)) => (Goal::After(revision), Past::Restarted),
         (Verb::Reload, Some(revision)) => (Goal::After(revision), Past::Reloaded),

@@ -1,7 +1,7 @@
 //! The whole fleet in a made-up world: scripted processes, a clock that jumps, a disk that fails, a supervisor that dies
 //! after any prefix of its actions.
 //!
-//! `scenarios` tells stories about single promises; `overlap` lets every command meet every operation at every instant of
+//! `scenarios` tells stories about single promises, `together` about promises that meet; `overlap` lets every command meet every operation at every instant of
 //! it; `random` throws 20,000 seeded sequences at the same world and
 //! checks the invariants of `world` after every turn; `sabotage` plants bugs between the fleet and the world and
 //! demands that the invariants find each of them.
@@ -15,4 +15,5 @@ mod rng;
 mod sabotage;
 mod scenarios;
 mod specs;
+mod together;
 mod world;

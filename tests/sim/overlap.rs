@@ -322,8 +322,8 @@ fn verdict(first: First, second: Second, story: &Story) -> Option<String> {
         (Second::Delete, Some(Word::Done("deleted"))) => rows.is_empty(),
         // Never refused: whoever wants it down gets it down.
         (Second::Stop | Second::Delete, _) => false,
-        // Another reload waits for the first one, whatever becomes of that.
-        (Second::Reload, Some(Word::Done("reloaded"))) => {
+        // Another reload waits for the first one, whatever becomes of that; of what is down by then it is a start.
+        (Second::Reload, Some(Word::Done("reloaded" | "started"))) => {
             !rows.is_empty() && rows.iter().all(|row| *row == Status::Online)
         }
         (Second::Reload, _) => false,

@@ -20,7 +20,7 @@ use crate::sabotage::{Bug, Sabotage};
 use crate::specs::{self, name, spec};
 use crate::world::{Broken, Unkind, World};
 
-const APPS: [&str; 3] = ["api", "web", "job"];
+pub(crate) const APPS: [&str; 3] = ["api", "web", "job"];
 
 /// What is told by one seed, and what it breaks.
 pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken>) {
@@ -39,8 +39,10 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
     // Two likes, so that a reload may change what an app is.
     let likes = [*rng.pick(&specs::ALL), *rng.pick(&specs::ALL)];
     let unkind = world.unkind.clone();
-    if rng.chance(50) {
-        world.needs = needs();
+    match rng.below(8) {
+        0..=3 => world.needs = needs(),
+        4 => world.tangled = true,
+        _ => {}
     }
     let steps = 6 + rng.below(14);
     for _ in 0..steps {
@@ -54,7 +56,7 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
     }
     // Calm: everything new behaves, the disk works, nobody dies.
     world.unkind = Unkind { moody: false, save_fails: 0, dies: 0, doubles: 0, ..unkind };
-    world.files.clear();
+    world.mend_files();
     for _ in 0..60 {
         world.run_for(secs(10));
         if world.quit {
@@ -73,13 +75,26 @@ fn needs() -> BTreeMap<AppName, BTreeMap<AppName, Dependency>> {
     BTreeMap::from([(web, BTreeMap::from([(api, Dependency::Ready)])), (name("job"), of_job)])
 }
 
+fn any_dependency(rng: &mut Rng) -> Dependency {
+    if rng.chance(50) { Dependency::Started } else { Dependency::Ready }
+}
+
 fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -> AppSpec {
     let like = if rng.chance(80) { likes[0] } else { likes[1] };
     let mut spec = spec(app, like, u32::try_from(1 + rng.below(3)).unwrap());
     spec.depends_on = world.needs.get(&spec.name).cloned().unwrap_or_default();
-    if rng.chance(30) {
-        spec.env.vars.insert(String::from("RELEASE"), rng.below(3).to_string());
+    if world.tangled {
+        // Circles are refused where they can be seen.
+        let others = APPS.iter().filter(|other| **other != app && rng.chance(35));
+        let others: Vec<AppName> = others.map(|other| name(other)).collect();
+        spec.depends_on.extend(others.into_iter().map(|other| (other, any_dependency(rng))));
     }
+    for key in ["RELEASE", "PORT"] {
+        if rng.chance(if key == "PORT" { 8 } else { 30 }) {
+            spec.env.vars.insert(key.to_owned(), rng.below(3).to_string());
+        }
+    }
+    spec.autostart = !rng.chance(4);
     // Ten minutes of calm are long.
     if let Some(probe) = &mut spec.health {
         probe.interval = secs(6);
@@ -87,17 +102,24 @@ fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -
     if rng.chance(15) {
         spec.hooks = specs::hooks();
     }
-    match rng.below(8) {
-        0 => spec.reload.on_failure = OnFailure::Abort,
-        1 | 2 => spec.reload.reserve = false,
-        3 => spec.reload.strategy = Strategy::BlueGreen,
-        _ => {}
+    let rules = &mut spec.reload;
+    if rng.chance(15) {
+        rules.on_failure = OnFailure::Abort;
+    }
+    rules.reserve = !rng.chance(25);
+    if rng.chance(15) {
+        rules.strategy = Strategy::BlueGreen;
+    }
+    if rng.chance(15) {
+        rules.min_healthy = millis(rng.below(3000));
     }
     match rng.below(8) {
-        0 => spec.reload.min_healthy = millis(rng.below(3000)),
-        1 => spec.reload.max_draining = Some(1),
-        2 => (spec.reload.max_draining, spec.reload.max_surge) = (Some(2), Share::Count(3)),
+        0 | 1 => rules.max_draining = Some(1),
+        2 => (rules.max_draining, rules.max_surge) = (Some(2), Share::Count(3)),
         _ => {}
+    }
+    if rng.chance(10) {
+        spec.stop.drain_timeout = Some(millis(rng.below(3000)));
     }
     match rng.below(11) {
         0 => spec.reload.max_surge = Share::Count(2),
@@ -117,7 +139,7 @@ fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -
 
 fn step(world: &mut World, rng: &mut Rng, likes: &[specs::Like; 2]) {
     let app = *rng.pick(&APPS);
-    match rng.below(22) {
+    match rng.below(24) {
         0..=3 => {
             let spec = any_spec(world, rng, app, likes);
             world.ask(Command::Start { specs: vec![Arc::new(spec)] });
@@ -169,6 +191,16 @@ fn step(world: &mut World, rng: &mut Rng, likes: &[specs::Like; 2]) {
         20 => {
             world.ask(Command::Reset { selection: vec![Selected { app: name(app), slots: None }] });
         }
+        21 => {
+            let slot = u32::try_from(rng.below(3)).unwrap();
+            if rng.chance(60) { world.sicken(app, slot) } else { world.cure(app, slot) }
+        }
+        22 if rng.chance(50) => world.dump = world.disk.clone(),
+        22 => {
+            let saved = world.dump.clone();
+            world.ask(Command::Resurrect { saved });
+        }
+        _ if rng.chance(30) => world.release(app, Behaviour::random(rng)),
         _ => world.deploy(app, Behaviour::random(rng)),
     }
     // Often nothing happens in between.

@@ -82,6 +82,14 @@ pub(crate) enum Bug {
     Impatient,
     /// What cannot be started again is taken down all the same.
     BlindToFaults,
+    /// Another release is started than the one that is meant.
+    OtherRelease,
+    /// The end of one instance takes another one down.
+    Contagious,
+    /// A hook that has ended is run once more, before its end is told.
+    HookAgain,
+    /// It is never heard that the second instance is gone.
+    LoseEnds,
 }
 
 /// The bug and what it needs to know.
@@ -96,6 +104,9 @@ pub(crate) struct Sabotage {
     /// Runs that were put in once.
     known: BTreeSet<InstanceId>,
     listens: Option<InstanceId>,
+    hooks: BTreeMap<InstanceId, Action>,
+    /// To be done once more.
+    pub(crate) again: Vec<Action>,
 }
 
 impl Sabotage {
@@ -109,6 +120,8 @@ impl Sabotage {
             skipped: Vec::new(),
             known: BTreeSet::new(),
             listens: None,
+            hooks: BTreeMap::new(),
+            again: Vec::new(),
         }
     }
 
@@ -127,6 +140,14 @@ impl Sabotage {
             (Bug::BelieveWell, Event::Probed { id, role: ProbeRole::Health, .. }) if id.slot == Slot(0) => {
                 vec![Event::Probed { id, role: ProbeRole::Health, result: ProbeResult::Passed }]
             }
+            (Bug::HookAgain, Event::HookEnded { id, end }) => match self.hooks.remove(&id) {
+                Some(hook) => {
+                    self.again.push(hook);
+                    Vec::new()
+                }
+                None => vec![Event::HookEnded { id, end }],
+            },
+            (Bug::LoseEnds, Event::TreeGone { id }) if id.slot == Slot(1) => Vec::new(),
             (Bug::LoseHooks, Event::HookEnded { .. })
             | (Bug::LoseExits, Event::Exited { .. })
             | (Bug::DeafToTime, Event::DeadlineReached) => Vec::new(),
@@ -186,6 +207,26 @@ impl Sabotage {
 
     fn twist(&mut self, action: Action, out: &mut Vec<Action>) {
         match (self.bug, action) {
+            (Bug::HookAgain, Action::RunHook { id, kind, pm_id, spec, errored }) => {
+                let hook = Action::RunHook { id: id.clone(), kind, pm_id, spec, errored };
+                self.hooks.insert(id, hook.clone());
+                out.push(hook);
+            }
+            (Bug::OtherRelease, Action::Spawn { id, pm_id, spec, revision }) => {
+                out.push(Action::Spawn { id, pm_id, spec, revision: revision.saturating_sub(1).max(1) });
+            }
+            (Bug::Contagious, Action::PutIn { id }) => {
+                self.serving.insert((id.app.clone(), id.slot), id.clone());
+                out.push(Action::PutIn { id });
+            }
+            (Bug::Contagious, Action::Forget { id }) => {
+                let mut others =
+                    self.serving.values().filter(|other| other.app == id.app && other.slot != id.slot);
+                let other = others.next().cloned();
+                self.serving.retain(|_, serving| *serving != id && Some(&*serving) != other.as_ref());
+                out.push(Action::Forget { id });
+                out.extend(other.map(|id| Action::TakeOut { id }));
+            }
             (Bug::SkipHooks, Action::RunHook { id, .. }) => self.skipped.push(id),
             (Bug::TwoHooks, Action::RunHook { id, kind, pm_id, spec, errored }) => {
                 let mut other = id.clone();
@@ -339,6 +380,10 @@ fn every_planted_bug_is_found() {
         Bug::NoWayBack,
         Bug::Impatient,
         Bug::BlindToFaults,
+        Bug::OtherRelease,
+        Bug::Contagious,
+        Bug::HookAgain,
+        Bug::LoseEnds,
     ] {
         match first_breach(bug, 0..2000) {
             Some((seed, why)) => println!("{bug:?}: seed {seed}: {why}"),

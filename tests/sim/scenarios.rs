@@ -519,7 +519,7 @@ fn reload_of_everything_goes_two_apps_at_a_time_and_past_failures() {
 // Strategies, and the way back. -------------------------------------------------------------------------------------
 
 /// An app with these rules, online at version 1.
-fn with_rules(like: Like, instances: u32, rules: impl FnOnce(&mut ReloadRules)) -> World {
+pub(crate) fn with_rules(like: Like, instances: u32, rules: impl FnOnce(&mut ReloadRules)) -> World {
     let mut world = World::new(1);
     world.verbose = true;
     let mut spec = spec("api", like, instances);

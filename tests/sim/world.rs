@@ -21,13 +21,18 @@ use pm::policy::fleet::{AppView, Fleet, Settings};
 use pm::policy::news::{News, What};
 use pm::policy::vocabulary::{
     Action, AppOutcome, Command, Event, Health, HookEnd, Outcome, ProbeResult, ProbeRole, Retry, Rollback,
-    RunState, SaveId, Selected, SlotView, Step, Verb,
+    RunState, SaveId, Selected, SlotView, Step, StepKind, Verb,
 };
 
 use crate::behaviour::{Behaviour, millis, secs};
+use crate::random::APPS;
 use crate::rng::Rng;
 use crate::sabotage::{Bug, Sabotage};
 use crate::specs::{Like, name, spec};
+
+/// Three apps that need each other one after the other, each of which drains, ignores its signal and has hooks that hang;
+/// and a few naps of the machine.
+const PATIENCE: Duration = secs(400);
 
 /// A broken promise.
 #[derive(Clone, Debug)]
@@ -170,8 +175,10 @@ pub(crate) struct World {
     releases: BTreeMap<(AppName, u32), Behaviour>,
     /// What serves of an app that could not be started again just now, and is not to be touched.
     unfit: BTreeMap<AppName, BTreeSet<InstanceId>>,
-    /// How many of each app were in rotation after the last turn.
-    in_rotation: BTreeMap<AppName, usize>,
+    /// How many of each app were in rotation after the last turn, of how many slots.
+    in_rotation: BTreeMap<AppName, (usize, u32)>,
+    /// Runs that have been in reserve, and did not come back.
+    reserved: BTreeSet<InstanceId>,
     pub(crate) rng: Rng,
     pub(crate) unkind: Unkind,
     pub(crate) sabotage: Sabotage,
@@ -194,6 +201,16 @@ pub(crate) struct World {
     pub(crate) spawns: u32,
     /// What each app needs, in every spec of it.
     pub(crate) needs: BTreeMap<AppName, BTreeMap<AppName, Dependency>>,
+    /// When the machine woke up last.
+    woken: Moment,
+    /// Requests that nothing has come in the way of, and the hooks that were run for their app since.
+    alone: BTreeMap<OpId, Vec<HookKind>>,
+    /// Specs may need what they like, without a promise about the order.
+    pub(crate) tangled: bool,
+    /// A list for `resurrect`.
+    pub(crate) dump: SavedFleet,
+    /// Runs that were in rotation before this turn.
+    served: BTreeSet<InstanceId>,
     /// Apps of which something was started since they were last at rest.
     awake: BTreeSet<AppName>,
     /// Those of them that were once up altogether.
@@ -231,6 +248,7 @@ impl World {
             releases: BTreeMap::new(),
             unfit: BTreeMap::new(),
             in_rotation: BTreeMap::new(),
+            reserved: BTreeSet::new(),
             rng: Rng::new(seed),
             unkind: Unkind::default(),
             sabotage: Sabotage::new(Bug::None),
@@ -248,6 +266,11 @@ impl World {
             remembers: false,
             spawns: 0,
             needs: BTreeMap::new(),
+            woken: Moment::default(),
+            alone: BTreeMap::new(),
+            tangled: false,
+            dump: SavedFleet::default(),
+            served: BTreeSet::new(),
             awake: BTreeSet::new(),
             was_up: BTreeSet::new(),
             rotation: BTreeSet::new(),
@@ -306,6 +329,12 @@ impl World {
         self.deploy(app, behaviour);
     }
 
+    /// Everything that is started from now on behaves.
+    pub(crate) fn mend_files(&mut self) {
+        self.files.clear();
+        self.releases.values_mut().for_each(|files| *files = Behaviour::default());
+    }
+
     pub(crate) fn ask(&mut self, command: Command) -> OpId {
         self.ops += 1;
         let op = OpId(self.ops);
@@ -314,6 +343,7 @@ impl World {
             self.unfit.retain(|app, _| !concerns(&command, app));
             self.down.retain(|(app, _)| !concerns(&command, app) || is_end(&command));
             self.last_op = Some(op);
+            self.note_alone(op, &command);
             self.turn(Event::Asked { op, command });
         }
         op
@@ -392,6 +422,7 @@ impl World {
     /// Time passes, and nothing runs: a suspended machine, or SIGSTOP.
     pub(crate) fn sleep_for(&mut self, span: Duration) {
         self.now = self.now + span;
+        self.woken = self.now;
         let late: Vec<_> = std::mem::take(&mut self.agenda).into_iter().collect();
         for ((at, seq), happening) in late {
             self.agenda.insert((at + span, seq), happening);
@@ -670,6 +701,7 @@ impl World {
         }
         self.procs.retain(|_, proc| proc.pid.is_some());
         self.open.clear();
+        self.alone.clear();
         let span = millis(self.rng.below(2000));
         self.later(span, Happening::SupervisorStarts);
     }
@@ -690,6 +722,7 @@ impl World {
         self.awake.clear();
         self.was_up.clear();
         self.rotation.clear();
+        self.reserved.clear();
         self.later(secs(1), Happening::SupervisorStarts);
     }
 
@@ -710,8 +743,11 @@ impl World {
         for (id, proc) in &mut self.procs {
             let app =
                 self.disk.apps.iter().find(|app| app.spec.name == id.app && app.revision == proc.revision);
-            if let Some(app) = app {
-                proc.follow(&app.spec);
+            match app {
+                Some(app) if self.rotation.contains(id) => proc.follow(&app.spec),
+                // How it has to say that it is ready is read from them, too.
+                Some(app) => proc.spec = Arc::clone(&app.spec),
+                None => {}
             }
         }
         for proc in self.procs.values_mut() {
@@ -773,12 +809,16 @@ impl World {
         if self.quit || self.broken.is_some() {
             return;
         }
+        self.check_patience();
         if self.fleet.is_none() {
             return;
         }
         let events = self.sabotage.event(event);
         for event in events {
             self.turn_of(event);
+        }
+        for action in std::mem::take(&mut self.sabotage.again) {
+            self.perform_one(action);
         }
         for id in std::mem::take(&mut self.sabotage.skipped) {
             self.later(millis(0), Happening::Hears(Event::HookEnded { id, end: HookEnd::Succeeded }));
@@ -816,8 +856,14 @@ impl World {
     /// News are remembered with everything else of a turn, before it is acted on.
     fn hear_news(&mut self) {
         let Some(fleet) = &mut self.fleet else { return };
+        self.served.clone_from(&self.rotation);
         for news in fleet.take_news() {
             if let Some(run) = &news.run {
+                match &news.what {
+                    What::Step(StepKind::Reserved) => self.reserved.insert(run.id.clone()),
+                    What::Step(StepKind::Restored) => self.reserved.remove(&run.id),
+                    _ => false,
+                };
                 let fine = match &news.what {
                     What::InRotation => self.rotation.insert(run.id.clone()),
                     What::OutOfRotation => self.rotation.remove(&run.id),
@@ -878,7 +924,10 @@ impl World {
         for (view, app) in fleet.view().iter().zip(&saved.apps) {
             let running =
                 view.slots.iter().zip(&app.slots).filter(|(_, slot)| slot.desired == Desired::Running);
-            let mut up = running.map(|(row, _)| row.status == Status::Online).peekable();
+            let done = |row: &SlotView| {
+                row.status == Status::Stopped && row.by_itself && row.last_exit == Some(ExitReason::Code(0))
+            };
+            let mut up = running.map(|(row, _)| row.status == Status::Online || done(row)).peekable();
             let ended = app.slots.iter().all(|slot| slot.desired == Desired::Stopped);
             if (up.peek().is_some() && up.all(|up| up)) || ended {
                 self.was_up.insert(app.spec.name.clone());
@@ -1121,6 +1170,45 @@ impl World {
         }
     }
 
+    /// How often a hook runs is told of requests that have their app to themselves.
+    fn note_alone(&mut self, op: OpId, command: &Command) {
+        let open = &self.open;
+        let meets = |other: &Command| {
+            APPS.iter().any(|app| concerns(other, &name(app)) && concerns(command, &name(app)))
+        };
+        self.alone.retain(|other, _| open.get(other).is_some_and(|(_, other)| !meets(other)));
+        let Command::Act { selection, .. } = command else { return };
+        let [Selected { app, slots: None }] = &selection[..] else { return };
+        let rests =
+            self.fleet.as_ref().and_then(|fleet| fleet.app(app)).is_some_and(|view| view.operation.is_none());
+        let others =
+            open.iter().filter(|(other, (_, command))| **other != op && concerns(command, app)).count();
+        if rests && others == 0 && !self.hooks.keys().any(|id| id.app == *app) {
+            self.alone.insert(op, Vec::new());
+        }
+    }
+
+    /// Each hook runs once in what it is about.
+    fn check_hooks(&mut self, op: OpId, command: &Command, app: &AppName, what: &str) {
+        let Some(run) = self.alone.remove(&op) else { return };
+        let Command::Act { verb, .. } = command else { return };
+        let saved = self.fleet.as_ref().map(Fleet::saved).unwrap_or_default();
+        let has =
+            saved.apps.iter().any(|saved| saved.spec.name == *app && saved.spec.hooks != Hooks::default());
+        let count = |kinds: &[HookKind]| run.iter().filter(|kind| kinds.contains(kind)).count();
+        let gates = count(&[HookKind::PreStart, HookKind::PreReload]);
+        let fine = match (verb, what) {
+            (Verb::Reload, "reloaded")
+            | (Verb::Restart, "restarted")
+            | (Verb::Start, "started" | "restarted") => gates == usize::from(has),
+            (Verb::Stop, "stopped") => gates == 0 && count(&[HookKind::PostStop]) <= 1,
+            _ => true,
+        };
+        if !fine {
+            broken!(self, "{app} is {what}, and these hooks were run: {run:?}");
+        }
+    }
+
     fn run_hook(&mut self, id: InstanceId, kind: HookKind, spec: &AppSpec) {
         if self.hooks.keys().any(|other| other.app == id.app) {
             return broken!(self, "{} runs two hooks at once", id.app);
@@ -1129,6 +1217,11 @@ impl World {
             return broken!(self, "{} has no such hook", id.app);
         }
         self.hooks.insert(id.clone(), kind);
+        for (op, run) in &mut self.alone {
+            if self.open.get(op).is_some_and(|(_, command)| concerns(command, &id.app)) {
+                run.push(kind);
+            }
+        }
         let (span, end) = match &self.hook_like {
             Some((span, end)) => (*span, end.clone()),
             None if self.unkind.moody => {
@@ -1328,12 +1421,18 @@ impl World {
         let Some((asked, command)) = self.open.remove(&op) else {
             return broken!(self, "{op:?} is answered twice, or was never asked");
         };
+        if let Outcome::Failed { apps } = &outcome {
+            for (app, what) in apps {
+                self.check_failure(app, what, apps.len() == 1);
+            }
+        }
         // Of a request over many apps a part may have been done long ago, and undone since.
         if let Outcome::Done { apps } = &outcome
             && apps.len() == 1
         {
             for (app, what) in apps {
                 let AppOutcome::Done { what, .. } = what else { continue };
+                self.check_hooks(op, &command, app, what);
                 let of_app = |id: &InstanceId| {
                     id.app == *app && selection(&command, app).is_none_or(|slots| slots.contains(&id.slot))
                 };
@@ -1383,6 +1482,30 @@ impl World {
         }
     }
 
+    /// What is said to serve after a failure does.
+    fn check_failure(&mut self, app: &AppName, outcome: &AppOutcome, now: bool) {
+        let AppOutcome::Failed { replaced, kept, .. } = outcome else { return };
+        if let Some(slot) = kept.iter().find(|slot| replaced.contains(slot)) {
+            return broken!(self, "{app}: slot {slot} is said to be both replaced and kept");
+        }
+        let serves = |slot: &Slot| self.rotation.iter().any(|id| id.app == *app && id.slot == *slot);
+        if let Some(slot) = kept.iter().find(|slot| now && !serves(slot)) {
+            broken!(self, "{app}: slot {slot} is said to be kept, and does not serve");
+        }
+    }
+
+    /// Whatever processes and hooks do, there is an end of a stop.
+    fn check_patience(&mut self) {
+        let now = self.now;
+        let late = self.open.iter().find(|(_, (asked, command))| {
+            let ends = is_end(command) || matches!(command, Command::Kill | Command::Terminate);
+            ends && now.since(self.woken.max(*asked)) > PATIENCE
+        });
+        if let Some((op, _)) = late {
+            broken!(self, "{op:?} has not ended anything for {PATIENCE:?}");
+        }
+    }
+
     /// Runs that launch, serve or have not got their signal yet stay within instances + surge.
     fn check_surge(&mut self, app: &AppName) {
         let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(app)) else { return };
@@ -1403,12 +1526,13 @@ impl World {
             .procs
             .iter()
             .filter(|(id, proc)| {
-                // What is kept in reserve comes on top.
+                // What is or was kept in reserve comes on top.
                 id.app == *app
                     && proc.exited.is_none()
                     && proc.signalled_at.is_none()
                     && !proc.signal_lost
                     && state_of(&view, id) != Some(RunState::Reserve)
+                    && !self.reserved.contains(id)
             })
             .count();
         if count > limit {
@@ -1428,6 +1552,7 @@ impl World {
         }
         let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return };
         self.check_health_cap(id, &view);
+        self.check_cause(id, &view);
         if view.operation != Some("reload") || !view.spec.can_overlap() {
             return;
         }
@@ -1453,10 +1578,30 @@ impl World {
             meant.saturating_sub(view.spec.reload.max_unavailable.of_down(view.spec.instances) as usize);
         if others.len() < least
             && !others.iter().any(|other| other.slot == id.slot)
-            && self.is_online_before(id)
+            && self.served.contains(id)
         {
             let count = others.len();
             broken!(self, "{id} is taken down and only {count} serve, {least} are promised");
+        }
+    }
+
+    /// What serves is taken down only when something is asked that takes it down.
+    fn check_cause(&mut self, id: &InstanceId, view: &AppView) {
+        let wanted = self.fleet.as_ref().is_some_and(|fleet| {
+            let saved = fleet.saved();
+            let app = saved.apps.iter().find(|app| app.spec.name == id.app);
+            let slot = app.and_then(|app| app.slots.get(id.slot.0 as usize));
+            slot.is_some_and(|slot| slot.desired == Desired::Running)
+        });
+        let ends =
+            self.open.values().any(|(_, command)| matches!(command, Command::Kill | Command::Terminate));
+        if wanted
+            && !ends
+            && self.served.contains(id)
+            && matches!(view.operation, None | Some("start" | "scale"))
+        {
+            let operation = view.operation.unwrap_or("no operation");
+            broken!(self, "{id} serves and is taken down although {operation} is going on");
         }
     }
 
@@ -1588,15 +1733,16 @@ impl World {
             let given_up = u32::try_from(view.slots.iter().filter(given_up).count()).unwrap();
             let missing = view.spec.reload.max_unavailable.of_down(view.spec.instances) + given_up;
             let least = promised(view, &saved).saturating_sub(missing);
-            if let Some(before) = before.get(name)
+            if let Some((before, of)) = before.get(name)
                 && now < *before
+                && *of == view.spec.instances
                 && now < least as usize
                 && !died
                 && !stopped
             {
                 fallen = Some(format!("{name}: {before} were in rotation, now {now}; {least} are promised"));
             }
-            self.in_rotation.insert(name.clone(), now);
+            self.in_rotation.insert(name.clone(), (now, view.spec.instances));
         }
         if let Some(fallen) = fallen {
             self.break_promise(fallen);
@@ -1649,6 +1795,20 @@ impl World {
                 };
                 if !fine {
                     return broken!(self, "{name}: not as wanted ({:?}): {row:?}", wanted.desired);
+                }
+                let runs = row.current.as_ref().and_then(|run| self.procs.get(&run.id));
+                if let Some(proc) = runs.filter(|proc| proc.revision != wanted.revision) {
+                    let (slot, runs, wanted) = (row.slot, proc.revision, wanted.revision);
+                    return broken!(self, "{name}: slot {slot} runs release {runs} instead of {wanted}");
+                }
+                // How it says that it is ready was settled when it was spawned.
+                let same = |proc: &Proc| {
+                    let (ready, instances) = (app.spec.ready.clone(), app.spec.instances);
+                    AppSpec { ready, instances, ..AppSpec::clone(&proc.spec) } == *app.spec
+                };
+                if runs.is_some_and(|proc| proc.revision == app.revision && !same(proc)) {
+                    let slot = row.slot;
+                    return broken!(self, "{name}: slot {slot} does not follow the rules of its release");
                 }
             }
         }

@@ -95,6 +95,11 @@ impl Event {
             "errored" => (format!("given up: {reason}"), bad),
             "ended" => (format!("ended for good: {reason}"), plain),
             "waiting" => (format!("waiting for {}", self.list("on").join(", ")), busy),
+            "hook" => (format!("runs its hook {}", self.word("hook")), busy),
+            "hook_ended" => match self.word("failure") {
+                "" => (format!("hook {} done", self.word("hook")), plain),
+                why => (format!("hook {} failed: {why}", self.word("hook")), bad),
+            },
             "operation_begun" => {
                 let apps: Vec<&str> = self.apps().collect();
                 (format!("{} {}", self.word("verb"), apps.join(", ")).trim_end().to_owned(), plain.bold())
