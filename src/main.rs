@@ -10,7 +10,7 @@ use pm::daemon::{keep, supervise};
 fn main() -> ExitCode {
     let surroundings = Surroundings::of_process();
     match cli::parse(std::env::args_os(), &surroundings) {
-        Invocation::Daemon { home, detached } => keep::keep(&home, detached),
+        Invocation::Daemon { home, detached, resume } => keep::keep(&home, detached, resume),
         Invocation::Supervisor { args } => {
             log_to_stderr();
             supervise::supervise(&args)

@@ -132,6 +132,8 @@ pub enum Command {
     /// What a systemd unit runs when it stops
     #[command(hide = true)]
     Unit(UnitHook),
+    /// Replace the running daemon by another version of pm; what runs goes on
+    Upgrade(Upgrade),
     /// Run the daemon in the foreground, as systemd wants it
     Daemon(Daemon),
     /// Serve the files of a directory over HTTP
@@ -449,12 +451,28 @@ pub struct Targets {
     pub targets: Vec<String>,
 }
 
+/// `upgrade`.
+#[derive(Debug, Args)]
+pub struct Upgrade {
+    /// The new program [default: the `pm` that this command is]
+    pub program: Option<PathBuf>,
+    /// Leave the keeper, the small process that is the parent of all apps, as it is
+    #[arg(long)]
+    pub supervisor_only: bool,
+    /// Check the program against the running daemon, and change nothing
+    #[arg(long)]
+    pub check: bool,
+}
+
 /// `daemon`.
 #[derive(Debug, Args)]
 pub struct Daemon {
     /// Leave the session of the caller
     #[arg(long, hide = true)]
     pub detached: bool,
+    /// Go on from what an older program left in this process
+    #[arg(long, hide = true, value_name = "DESCRIPTOR")]
+    pub resume: Option<i32>,
 }
 
 /// `startup`.

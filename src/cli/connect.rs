@@ -18,7 +18,9 @@ use nix::poll::{PollTimeout, poll};
 use super::error::CliError;
 use crate::ipc::client::{Connection, Ended, Heard, Listen, new_op};
 use crate::ipc::codec::CodecError;
-use crate::ipc::protocol::{Answer, AppResult, NOT_BEGUN, OperationView, Refused, Request, Verb};
+use crate::ipc::protocol::{
+    Answer, AppResult, NOT_BEGUN, OperationView, Refused, Request, UpgradeView, Verb,
+};
 use crate::model::id::{AppName, OpId};
 use crate::store::paths::Home;
 
@@ -27,6 +29,8 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the outcome of an operation is sought after the connection is lost: the keeper starts the next supervisor
 /// well within it.
 const OUTCOME_PATIENCE: Duration = Duration::from_secs(10);
+/// How long an upgrade may take from one answer to the next: looking at the program and its trial have 5 s each.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(30);
 /// A connection that lasted so long was to a supervisor that worked.
 const STEADY: Duration = Duration::from_secs(2);
 /// How often a change is asked for of supervisors that die before they have begun it.
@@ -129,6 +133,39 @@ impl Session {
                 return Err(no_socket(home, 0));
             }
             pause(LOOK_EVERY);
+        }
+    }
+
+    /// Asks for an upgrade, and the supervisor after it how that ended.
+    ///
+    /// # Errors
+    /// As [`Self::ask`]; the outcome could not be learnt.
+    pub fn upgrade(&mut self, request: &Request) -> Result<UpgradeView, CliError> {
+        let op = new_op();
+        let mut ended = self.connection.call(op, request.clone(), |_| Listen::On);
+        let mut attempts = 1;
+        let mut deadline = Instant::now() + UPGRADE_PATIENCE;
+        loop {
+            match ended {
+                Ok(Ended::Answer(answer)) => match *answer {
+                    Answer::Upgrade(view) => return Ok(view),
+                    // The supervisor that looked at the program has died.
+                    Answer::NeverBegun if attempts < ATTEMPTS => {
+                        attempts += 1;
+                        deadline = Instant::now() + UPGRADE_PATIENCE;
+                        ended = self.connection.call(op, request.clone(), |_| Listen::On);
+                        continue;
+                    }
+                    Answer::NeverBegun => return Err(self.lost()),
+                    _ => return Err(CliError::WrongAnswer),
+                },
+                Ok(Ended::Refused(refused)) => return Err(CliError::Refused(refused)),
+                Ok(Ended::Left) => return Err(CliError::WrongAnswer),
+                // Silent: the new supervisor is on trial, and may never answer.
+                Err(CodecError::Closed | CodecError::Silent) => self.reconnect(deadline)?,
+                Err(error) => return Err(self.failed(error)),
+            }
+            ended = self.connection.call(new_op(), Request::UpgradeOutcome { op }, |_| Listen::On);
         }
     }
 
@@ -251,6 +288,8 @@ impl Session {
                     return Ok(Outcome::Accepted);
                 }
                 Err(CodecError::Closed) => {}
+                // The supervisor that was to follow does not take over (`upgrade`), and the one before it comes back.
+                Err(CodecError::Silent) if deadline.is_some() => {}
                 Err(error) => return Err(self.failed(error)),
             }
             let now = Instant::now();

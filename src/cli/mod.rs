@@ -38,6 +38,8 @@ pub enum Invocation {
         home: Home,
         /// A command has started it, and nobody watches over it.
         detached: bool,
+        /// It goes on from what another program left behind this descriptor.
+        resume: Option<i32>,
     },
     /// `pm supervisor`, with the arguments that the keeper gave.
     Supervisor {
@@ -99,11 +101,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
         [first, option, home, detached]
             if *first == "daemon" && *option == "--home" && *detached == "--detached" =>
         {
-            return daemon(Some(Path::new(*home)), true, surroundings);
+            return daemon(Some(Path::new(*home)), true, None, surroundings);
         }
-        [only] if *only == "daemon" => return daemon(None, false, surroundings),
+        [only] if *only == "daemon" => return daemon(None, false, None, surroundings),
         [first, option, home] if *first == "daemon" && *option == "--home" => {
-            return daemon(Some(Path::new(*home)), false, surroundings);
+            return daemon(Some(Path::new(*home)), false, None, surroundings);
         }
         _ => {}
     }
@@ -117,20 +119,25 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
     };
     match cli.command {
         Command::Daemon(daemon_args) => {
-            daemon(cli.global.home.as_deref(), daemon_args.detached, surroundings)
+            daemon(cli.global.home.as_deref(), daemon_args.detached, daemon_args.resume, surroundings)
         }
         Command::Supervisor(supervisor) => Invocation::Supervisor { args: supervisor.args },
         command => Invocation::Client(Box::new(Client { global: cli.global, command })),
     }
 }
 
-fn daemon(home: Option<&Path>, detached: bool, surroundings: &Surroundings) -> Invocation {
-    if detached {
+fn daemon(
+    home: Option<&Path>,
+    detached: bool,
+    resume: Option<i32>,
+    surroundings: &Surroundings,
+) -> Invocation {
+    if detached && resume.is_none() {
         // Fails only for a leader of a process group, which a process that a command has just started is not.
         let _ = nix::unistd::setsid();
     }
     match Home::resolve(home, surroundings.pm_home.as_deref()) {
-        Ok(home) => Invocation::Daemon { home, detached },
+        Ok(home) => Invocation::Daemon { home, detached, resume },
         Err(error) => {
             let error = CliError::from(error);
             error.print(&mut Terminal::of_process(false, false));

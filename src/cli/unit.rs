@@ -75,6 +75,8 @@ impl Unit {
             line(&format!("User={user}"));
         }
         line(&format!("ExecStart={pm} daemon --home {home}"));
+        line("# The daemon becomes the program that is installed now; what runs goes on.");
+        line(&format!("ExecReload={pm} --home {home} upgrade"));
         line(
             "# A restart leaves the apps to the next daemon; a stop ends them, and what is left after that.",
         );
@@ -176,7 +178,8 @@ mod tests {
         assert!(has(&text(257), "RestartSteps=6") && has(&text(257), "RestartMaxDelaySec=5s"));
         for text in [text(239), text(252), text(257)] {
             assert!(text.starts_with(MARK));
-            assert!(!text.contains("PIDFile") && !text.contains("ExecReload"), "{text}");
+            assert!(!text.contains("PIDFile"), "{text}");
+            assert!(has(&text, "ExecReload=/usr/local/bin/pm --home /var/lib/pm upgrade"), "{text}");
         }
     }
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use super::inherit::{self, Found, Other};
 use crate::keeper::link::Inventory;
-use crate::keeper::run::{self, Config};
+use crate::keeper::run::{self, Config, Resumed};
 use crate::store::paths::Home;
 use crate::sys::cgroup;
 use crate::sys::lock::{self, LockError};
@@ -28,16 +28,29 @@ const APPS_OOM_SCORE_ADJ: &str = "PM_APPS_OOM_SCORE_ADJ";
 pub(super) const ATTENDED: &str = "--attended";
 
 /// Runs the keeper of this home until the daemon is told to end. `detached`: a command has started it, and nobody
-/// watches over it.
-pub fn keep(home: &Home, detached: bool) -> ExitCode {
+/// watches over it. `resume`: an upgrade has put this program in the place of another one, which left what it had
+/// behind this descriptor.
+pub fn keep(home: &Home, detached: bool, resume: Option<i32>) -> ExitCode {
+    // Before any other descriptor is opened: what this process had is told apart by not being closed on exec.
+    let resumed = match resume.map(Resumed::from_descriptor).transpose() {
+        Ok(resumed) => resumed,
+        Err(reason) => {
+            say(&format!("error: {reason}"));
+            return ExitCode::from(FAILED);
+        }
+    };
     if let Err(error) = home.create() {
         return fail(USAGE, &error);
     }
     let manager = std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty());
-    let (lock, estate) = match take_lock(home, manager.is_some()) {
-        Ok(taken) => taken,
-        Err(code) => return code,
-    };
+    let mut lock = None;
+    let mut estate = None;
+    if resumed.is_none() {
+        match take_lock(home, manager.is_some()) {
+            Ok((file, left)) => (lock, estate) = (Some(file), left),
+            Err(code) => return code,
+        }
+    }
     // Releases come and go; the daemon keeps none of their directories busy.
     if let Err(error) = std::env::set_current_dir("/") {
         say(&format!("warning: cannot change to /: {error}"));
@@ -45,8 +58,11 @@ pub fn keep(home: &Home, detached: bool) -> ExitCode {
     let args = [c"pm".to_owned(), c"supervisor".to_owned(), c"--home".to_owned()];
     let Ok(dir) = CString::new(home.dir().as_os_str().as_bytes()) else { return ExitCode::from(USAGE) };
     let attended = (!detached).then(|| CString::new(ATTENDED).unwrap_or_default());
+    let own = [c"pm".to_owned(), c"daemon".to_owned(), c"--home".to_owned(), dir.clone()];
     let mut config = Config::new(args.into_iter().chain([dir]).chain(attended).collect());
-    config.held.push((LOCK.to_owned(), lock.into()));
+    config.own_args = own.into_iter().chain(detached.then(|| c"--detached".to_owned())).collect();
+    config.held.extend(lock.map(|lock| (LOCK.to_owned(), lock.into())));
+    config.resumed = resumed;
     config.oom_score_adj = Some(OOM_SCORE_ADJ);
     config.children_oom_score_adj =
         std::env::var(APPS_OOM_SCORE_ADJ).ok().and_then(|value| value.parse().ok());

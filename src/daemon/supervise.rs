@@ -1,6 +1,7 @@
 //! `pm supervisor`: what the keeper starts.
 
 use std::ffi::OsString;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -9,9 +10,16 @@ use crate::ipc::server;
 use crate::store::paths::Home;
 use crate::supervisor::run;
 use crate::supervisor::takeover::Attended;
+use crate::supervisor::upgrade;
 
 /// Runs a supervisor with the arguments the keeper gave: `--home DIR`, and whether somebody watches over the keeper.
 pub fn supervise(args: &[OsString]) -> ExitCode {
+    if let [check, option, dir] = args
+        && check == upgrade::CHECK
+        && option == "--home"
+    {
+        return check_state(Path::new(dir));
+    }
     let (home, attended) = match args {
         [option, dir] if option == "--home" => (Home::at(Path::new(dir)), Attended::No),
         [option, dir, attended] if option == "--home" && attended == ATTENDED => {
@@ -37,5 +45,16 @@ pub fn supervise(args: &[OsString]) -> ExitCode {
             tracing::error!("{error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Says whether this program would take over the state of a running daemon.
+fn check_state(dir: &Path) -> ExitCode {
+    let Ok(home) = Home::at(dir) else { return ExitCode::FAILURE };
+    let findings = upgrade::check(&home, std::io::stdin().lock());
+    let line = serde_json::to_string(&findings).unwrap_or_default();
+    match writeln!(std::io::stdout(), "{line}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }

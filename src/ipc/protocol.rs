@@ -146,6 +146,21 @@ pub enum Request {
     Resurrect,
     /// Save the list, stop everything, end the daemon. Answers `Operation`, before the daemon ends.
     Kill,
+    /// Replace the daemon by this program. Answers `Upgrade`; where it is replaced the connection ends instead, and the
+    /// next supervisor is asked with `UpgradeOutcome`.
+    Upgrade {
+        /// An absolute path.
+        program: PathBuf,
+        /// Leave the keeper as it is.
+        supervisor_only: bool,
+        /// Only look whether it would do.
+        check: bool,
+    },
+    /// How an upgrade ended, waiting for that. Answers `Upgrade` or `NeverBegun`.
+    UpgradeOutcome {
+        /// Which.
+        op: OpId,
+    },
     /// The outcome of an earlier operation, waiting for it if it is under way. Answers `Operation`, or
     /// `NeverBegun`.
     Outcome {
@@ -250,8 +265,52 @@ pub enum Answer {
         /// How many apps.
         apps: u32,
     },
+    /// To `Upgrade` and `UpgradeOutcome`.
+    Upgrade(UpgradeView),
     /// To `Outcome`: nobody has begun it, so it may be asked for again.
     NeverBegun,
+}
+
+/// How an upgrade ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeView {
+    /// In a word.
+    pub result: UpgradeResult,
+    /// The version that ran before.
+    pub from: String,
+    /// The version of the new program.
+    pub to: String,
+    /// What became of the keeper.
+    pub keeper: KeeperFate,
+    /// Why the new supervisor did not take over, or why the keeper is not new.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// How an upgrade ended, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeResult {
+    /// The new program runs.
+    Replaced,
+    /// It ran before.
+    Already,
+    /// Only asked: it would take over.
+    Fits,
+    /// The new supervisor did not take over; the one before it goes on.
+    Failed,
+}
+
+/// The keeper after an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeeperFate {
+    /// It runs the new program, in the same process.
+    Replaced,
+    /// It had that program before, or was to stay.
+    Same,
+    /// It runs an older program.
+    Older,
 }
 
 /// Why there is no answer.

@@ -105,6 +105,55 @@ impl Children {
         all
     }
 
+    /// What this process had before it replaced itself: our own children, and those of an earlier keeper. Its
+    /// supervisor knows all of it.
+    pub(super) fn resume(
+        records: Vec<ChildRecord>,
+        adopted: Vec<(u32, Option<OwnedFd>)>,
+        held: Vec<(HeldRecord, OwnedFd)>,
+    ) -> Self {
+        let mut all = Self::default();
+        for record in records {
+            let state = match record.state {
+                ChildState::Exited(status) => State::Exited(status),
+                ChildState::Starting | ChildState::Running => State::Running,
+            };
+            let child = Child {
+                start_ticks: record.start_ticks,
+                tag: record.tag,
+                end_known: matches!(state, State::Exited(_)),
+                state,
+                request: None,
+                known: true,
+                held: Vec::new(),
+                parent: Parent::Us,
+            };
+            all.children.insert(record.pid, child);
+        }
+        for (pid, pidfd) in adopted {
+            if let Some(child) = all.children.get_mut(&pid) {
+                child.parent = Parent::Gone(pidfd);
+            }
+        }
+        for (record, fd) in held {
+            all.hold(vec![record.name], vec![fd], record.owner);
+        }
+        all
+    }
+
+    /// The children of an earlier keeper, each with the descriptor that tells of its end.
+    pub(super) fn not_ours(&self) -> impl Iterator<Item = (u32, Option<BorrowedFd<'_>>)> {
+        self.children.iter().filter_map(|(&pid, child)| match &child.parent {
+            Parent::Us => None,
+            Parent::Gone(pidfd) => Some((pid, pidfd.as_ref().map(AsFd::as_fd))),
+        })
+    }
+
+    /// Whether the supervisor has been told everything.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.news.is_empty() && self.failures.is_empty() && self.starting.is_empty()
+    }
+
     /// What a keeper that is gone left, to be told to the next one.
     pub(super) fn to_pass_on(inventory: Inventory) -> Self {
         let mut all = Self::default();

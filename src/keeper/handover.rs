@@ -215,6 +215,7 @@ mod tests {
             last_death: None,
             without_blob: false,
             terminate: Some(15),
+            upgrade: None,
         };
         Inventory { hello, children: (1..=children).map(child).collect(), held }
     }

@@ -161,6 +161,8 @@ impl Link {
                 | FromKeeper::Exited { .. }
                 | FromKeeper::Terminate { .. }
                 | FromKeeper::Leaving
+                | FromKeeper::Dismissed
+                | FromKeeper::Upgraded(_)
                 | FromKeeper::Synced { .. }
                 | FromKeeper::NotUnderstood { .. } => {
                     return Err(LinkError::Wire(WireError::Value("order of frames")));

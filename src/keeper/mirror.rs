@@ -92,6 +92,9 @@ impl Mirror {
             | ToKeeper::Sync { .. }
             | ToKeeper::Notify { .. }
             | ToKeeper::Beat
+            | ToKeeper::Upgrade { .. }
+            | ToKeeper::Go
+            | ToKeeper::TookOver
             | ToKeeper::Quit
             | ToKeeper::Unknown { .. } => {}
         }
@@ -133,6 +136,8 @@ impl Mirror {
             | FromKeeper::InventoryEnd
             | FromKeeper::Terminate { .. }
             | FromKeeper::Leaving
+            | FromKeeper::Dismissed
+            | FromKeeper::Upgraded(_)
             | FromKeeper::Synced { .. }
             | FromKeeper::NotUnderstood { .. }
             | FromKeeper::Unknown { .. } => {}
@@ -256,6 +261,7 @@ mod tests {
             last_death: None,
             without_blob: false,
             terminate: None,
+            upgrade: None,
         }
     }
 

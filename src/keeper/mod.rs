@@ -1,7 +1,7 @@
 //! The parent of every process: spawns, reaps, holds descriptors. Knows nothing of apps.
 //!
 //! ```text
-//! run      the keeper itself: one thread, a poll loop, never waits for anybody
+//! run      the keeper itself: one thread, a poll loop, never waits for anybody; run/upgrade: another program
 //! restarts when the next supervisor is started
 //! link     the supervisor's end of the link
 //! wire     the frames between them        packet   frames with descriptors over a packet socket
@@ -22,4 +22,4 @@ mod restarts;
 pub mod run;
 pub mod wire;
 
-pub use run::{Config, Error, run};
+pub use run::{Config, Error, Resumed, run};

@@ -19,6 +19,11 @@ impl Restarts {
     /// Well below what a command waits for an answer.
     const LONGEST_DELAY: Duration = Duration::from_secs(1);
 
+    /// Goes on counting in another program.
+    pub(super) fn resume(&mut self, deaths: u32) {
+        self.deaths = deaths;
+    }
+
     /// How many supervisors have ended.
     pub(super) fn deaths(&self) -> u32 {
         self.deaths

@@ -10,12 +10,16 @@
 //! It never waits for the supervisor: frames that find no room are queued, the queue is bounded because the link is
 //! not read while it is long, and exits need no queue because the zombies stay.
 
+mod upgrade;
+
 use std::ffi::{CStr, CString};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::time::Duration;
 
+use self::upgrade::Succession;
+pub use self::upgrade::{RESUME, Resumed};
 use super::children::{Children, Originals};
 use super::link::Inventory;
 use super::packet::{Incoming, Packets};
@@ -47,6 +51,10 @@ pub struct Config {
     pub children_oom_score_adj: Option<i32>,
     /// What an earlier keeper left.
     pub estate: Option<Inventory>,
+    /// What the program before this one left in this process.
+    pub resumed: Option<Resumed>,
+    /// The arguments of this process, for when an upgrade replaces it by another program.
+    pub own_args: Vec<CString>,
     /// Who hears how the daemon is.
     pub notifier: Option<Notifier>,
     /// How often the service manager wants to hear of this process. A supervisor that is silent for as long is
@@ -72,6 +80,8 @@ impl Config {
             oom_score_adj: None,
             children_oom_score_adj: None,
             estate: None,
+            resumed: None,
+            own_args: Vec::new(),
             notifier: None,
             watchdog: None,
         }
@@ -143,6 +153,7 @@ struct Keeper {
     quit: Option<Moment>,
     /// Told to leave; until then at most.
     leave: Option<Moment>,
+    succession: Succession,
     /// When the service manager hears from us next.
     ping: Option<Moment>,
     /// When to look at every child again.
@@ -206,7 +217,9 @@ impl Keeper {
         step("become a subreaper", child::become_subreaper())?;
         let open_files = step("raise its limit on open files", limits::raise_open_files())?;
         let oom_score_adj = limits::oom_score_adj().unwrap_or(0);
-        let changed = config.oom_score_adj.is_some_and(|value| limits::set_oom_score_adj(value).is_ok());
+        let resumed = config.resumed.is_some();
+        let changed =
+            !resumed && config.oom_score_adj.is_some_and(|value| limits::set_oom_score_adj(value).is_ok());
         let started = clock::now();
         let mut keeper = Self {
             executable,
@@ -227,6 +240,7 @@ impl Keeper {
             to_forward: Vec::new(),
             quit: None,
             leave: None,
+            succession: Succession::default(),
             ping: config.watchdog.and(config.notifier.as_ref()).map(|_| started),
             scan_due: None,
             last_scan: Moment::default(),
@@ -234,7 +248,11 @@ impl Keeper {
         };
         if let Some(estate) = keeper.config.estate.take() {
             keeper.terminate = estate.hello.terminate;
+            keeper.succession = Succession::of_estate(estate.hello.upgrade.clone());
             keeper.children = Children::adopt(estate);
+        }
+        if let Some(resumed) = keeper.config.resumed.take() {
+            keeper.resume(resumed);
         }
         for (name, fd) in std::mem::take(&mut keeper.config.held) {
             keeper.children.hold(vec![name], vec![fd], None);
@@ -250,7 +268,8 @@ impl Keeper {
         }
         // Directly before the wait, so that no news lies here during it.
         self.tell();
-        if self.leave.is_some() && self.can_leave() {
+        self.replace_when_quiet();
+        if self.leave.is_some() && self.can_leave() && self.succession.is_over() {
             self.send(&FromKeeper::Leaving);
             return Ok(Turn::Done);
         }
@@ -324,6 +343,8 @@ impl Keeper {
 
     fn next_deadline(&self, now: Moment) -> Option<Moment> {
         let supervisor = match &self.supervisor {
+            // The exit of the one before is what is waited for.
+            Supervisor::Waiting { .. } if self.succession.has_retired() => None,
             Supervisor::Waiting { until } => Some(*until),
             Supervisor::Alive(alive) if !matches!(alive.phase, Phase::Ready) && alive.link.is_some() => {
                 Some(alive.started + GREETING_TIMEOUT)
@@ -337,7 +358,8 @@ impl Keeper {
             _ => None,
         };
         let beat = self.beat_due();
-        [supervisor, congested, self.scan_due, self.quit, self.leave, self.ping, beat]
+        let upgrade = self.succession.next_deadline();
+        [supervisor, congested, self.scan_due, self.quit, self.leave, self.ping, beat, upgrade]
             .into_iter()
             .flatten()
             .min()
@@ -365,7 +387,9 @@ impl Keeper {
 
     fn act_on_deadlines(&mut self, now: Moment) {
         match &self.supervisor {
-            Supervisor::Waiting { until } if *until <= now && self.quit.is_none() => {
+            Supervisor::Waiting { until }
+                if *until <= now && self.quit.is_none() && !self.succession.has_retired() =>
+            {
                 self.start_supervisor(now);
             }
             Supervisor::Alive(alive)
@@ -396,6 +420,7 @@ impl Keeper {
         if self.scan_due.is_some_and(|at| at <= now) {
             self.scan(now);
         }
+        self.act_on_upgrade(now);
     }
 
     fn notify(&self, text: &str) {
@@ -408,22 +433,16 @@ impl Keeper {
     // The supervisor's life.
 
     fn start_supervisor(&mut self, now: Moment) {
-        match self.try_start_supervisor(now) {
+        match self.try_start_supervisor(self.executable.as_fd(), now) {
             Ok(alive) => {
                 self.supervisor = Supervisor::Alive(alive);
-                self.to_forward.clear();
-                let hello = FromKeeper::Hello(self.hello());
-                self.send(&hello);
-                // A hang-up is told to one supervisor; a request to end, to every one until there is none.
-                if self.terminate == Some(libc::SIGHUP) {
-                    self.terminate = None;
-                }
+                self.greet();
             }
             Err(reason) => self.bury(0, WaitStatus::from_raw(0), Duration::ZERO, reason, now),
         }
     }
 
-    fn try_start_supervisor(&self, now: Moment) -> Result<Alive, String> {
+    fn try_start_supervisor(&self, executable: BorrowedFd<'_>, now: Moment) -> Result<Alive, String> {
         let (ours, theirs) = pipe::packet_pair().map_err(|error| format!("cannot make a link: {error}"))?;
         let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
         let args: Vec<&CStr> = self.config.args.iter().map(AsRef::as_ref).collect();
@@ -431,7 +450,7 @@ impl Keeper {
         // The link becomes `link::LINK_FD`.
         let fds = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd(), theirs.as_fd()];
         let started = spawn::start(&Program {
-            target: Target::File(self.executable.as_fd()),
+            target: Target::File(executable),
             args: &args,
             env: &env,
             listen_pid: false,
@@ -466,6 +485,7 @@ impl Keeper {
             last_death: self.last_death.clone(),
             without_blob: self.restarts.without_blob(),
             terminate: self.terminate,
+            upgrade: self.succession.last().cloned(),
         }
     }
 
@@ -496,6 +516,11 @@ impl Keeper {
     fn bury(&mut self, pid: u32, status: WaitStatus, lived: Duration, reason: String, now: Moment) {
         self.children.forget_what_was_told();
         if self.quit.is_some() {
+            return;
+        }
+        let words = if reason.is_empty() { status.to_string() } else { reason.clone() };
+        if self.trial_failed(&words, clock::now()) {
+            self.supervisor = Supervisor::Waiting { until: now };
             return;
         }
         let delay = self.restarts.after_death(lived);
@@ -577,6 +602,8 @@ impl Keeper {
         let Ok(Some(status)) = child::exited(pid, Zombie::Reap) else { return };
         if matches!(&self.supervisor, Supervisor::Alive(alive) if alive.pid == pid) {
             self.supervisor_ended(status);
+        } else {
+            self.successor_ended(pid, &status.to_string());
         }
     }
 
@@ -651,6 +678,9 @@ impl Keeper {
                     alive.beat = Some(clock::now());
                 }
             }
+            ToKeeper::Upgrade { op, from, supervisor_only } => self.upgrade(op, from, supervisor_only, fds),
+            ToKeeper::Go => self.go(),
+            ToKeeper::TookOver => self.took_over(),
             ToKeeper::Welcome { .. } | ToKeeper::Taken { .. } | ToKeeper::Unknown { .. } => {}
         }
     }
@@ -673,7 +703,8 @@ impl Keeper {
         let Sent::HeldUpTo(after) = sent else { return };
         let Some((held, fds, last)) = self.children.batch_of_held(after.as_deref()) else {
             alive.phase = Phase::Ready;
-            return self.send(&FromKeeper::InventoryEnd);
+            self.send(&FromKeeper::InventoryEnd);
+            return self.dismiss(clock::now());
         };
         *after = Some(last);
         let Some(link) = &mut alive.link else { return };
@@ -694,6 +725,9 @@ impl Keeper {
         }
         if !matches!(phase, Phase::Ready) {
             return;
+        }
+        if let Some(news) = self.upgrade_news() {
+            self.send(&news);
         }
         for signal in std::mem::take(&mut self.to_forward) {
             self.send(&FromKeeper::Terminate { signal });

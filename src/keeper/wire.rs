@@ -13,19 +13,30 @@
 //!                                    ←     Taken
 //! InventoryEnd                       →
 //! Spawned, SpawnFailed, Exited, …    ↔     Spawn, Confirm, Hold, Release, …
+//!
+//! An upgrade, with the new supervisor on a link of its own from Hello on:
+//!                                    ←     Upgrade (with the executable)
+//! Upgraded (pending)                 →     freezes
+//!                                    ←     Go
+//! Dismissed                          →     exits: the new one has the inventory
+//!                                    ←     TookOver, from the new one
+//! Upgraded                           →     or else the program before it is started again
 //! ```
 
 mod codec;
+pub(super) mod own;
+mod upgrade;
 
 use std::ffi::{CStr, CString};
 
 use self::codec::{Reader, Writer};
+pub use self::upgrade::{Upgrade, UpgradeState};
 use crate::sys::child::WaitStatus;
 use crate::sys::limits::Limit;
 use crate::sys::spawn::{Credentials, Failure, Stage};
 
-/// The version this build speaks.
-pub const VERSION: u16 = 1;
+/// The version this build speaks: 2 knows upgrades.
+pub const VERSION: u16 = 2;
 /// The longest frame in bytes.
 pub const FRAME_MAX: usize = 32 * 1024;
 /// The most descriptors with one frame.
@@ -93,6 +104,20 @@ pub enum ToKeeper {
     /// The supervisor is alive. Said once, it has to be said again within the time the service manager's watchdog
     /// gives.
     Beat,
+    /// Start the supervisor that comes after this one from the executable that comes with this frame, and let it wait
+    /// for [`ToKeeper::Go`]. Answered with [`FromKeeper::Upgraded`]: pending, or failed.
+    Upgrade {
+        /// The operation it belongs to.
+        op: u64,
+        /// The version of the present supervisor.
+        from: String,
+        /// The keeper is not to be replaced after it.
+        supervisor_only: bool,
+    },
+    /// This supervisor reads and writes nothing any more: its successor may have everything.
+    Go,
+    /// This supervisor, which an upgrade has started, is up.
+    TookOver,
     /// A frame of a newer version.
     Unknown {
         /// Its kind.
@@ -179,6 +204,10 @@ pub enum FromKeeper {
     },
     /// The keeper exits and leaves everything to another one, which is about to ask for it.
     Leaving,
+    /// The supervisor that follows an upgrade has everything: this one exits.
+    Dismissed,
+    /// How far an upgrade is.
+    Upgraded(Upgrade),
     /// Everything before the Sync is done.
     Synced {
         /// The request.
@@ -217,6 +246,8 @@ pub struct Hello {
     pub without_blob: bool,
     /// A signal that asks the daemon to end and that no supervisor has finished acting on.
     pub terminate: Option<i32>,
+    /// The last upgrade, if there was one. Version 2.
+    pub upgrade: Option<Upgrade>,
 }
 
 /// How a supervisor ended.
@@ -380,6 +411,14 @@ impl ToKeeper {
                 10
             }
             Self::Beat => 11,
+            Self::Upgrade { op, from, supervisor_only } => {
+                w.u64(*op);
+                w.bytes(from.as_bytes(), NAME_MAX, "version")?;
+                w.u8(u8::from(*supervisor_only));
+                12
+            }
+            Self::Go => 13,
+            Self::TookOver => 14,
             Self::Unknown { kind } => *kind,
         };
         w.frame(kind, fds)
@@ -416,6 +455,13 @@ impl ToKeeper {
             9 => Self::Quit,
             10 => Self::Notify { text: r.text(NOTIFY_MAX, "notification")? },
             11 => Self::Beat,
+            12 => Self::Upgrade {
+                op: r.u64()?,
+                from: r.text(NAME_MAX, "version")?,
+                supervisor_only: r.u8()? != 0,
+            },
+            13 => Self::Go,
+            14 => Self::TookOver,
             kind => return Ok(Self::Unknown { kind }),
         };
         let expected = match &message {
@@ -423,6 +469,7 @@ impl ToKeeper {
                 usize::from(spawn.child_fds) + spawn.held.len() + usize::from(spawn.command.is_none())
             }
             Self::Hold { names, .. } => names.len(),
+            Self::Upgrade { .. } => 1,
             _ => 0,
         };
         if expected == fds { Ok(message) } else { Err(WireError::Descriptors) }
@@ -448,13 +495,7 @@ impl FromKeeper {
             }
             Self::Held { batch, held } => {
                 w.u32(*batch);
-                w.list(held, |w, held| {
-                    w.record(|w| {
-                        w.bytes(held.name.as_bytes(), NAME_MAX, "name")?;
-                        w.u32(held.owner.unwrap_or(0));
-                        Ok(())
-                    })
-                })?;
+                w.list(held, |w, held| w.record(|w| held.write(w)))?;
                 0x103
             }
             Self::InventoryEnd => 0x104,
@@ -490,6 +531,11 @@ impl FromKeeper {
                 0x10a
             }
             Self::Leaving => 0x10b,
+            Self::Dismissed => 0x10c,
+            Self::Upgraded(upgrade) => {
+                upgrade.write(&mut w)?;
+                0x10d
+            }
             Self::Unknown { kind } => *kind,
         };
         w.frame(kind, fds)
@@ -509,11 +555,7 @@ impl FromKeeper {
             }
             0x103 => {
                 let batch = r.u32()?;
-                let held = r.list(|r| {
-                    let mut r = r.record()?;
-                    Ok(HeldRecord { name: r.text(NAME_MAX, "name")?, owner: r.pid()? })
-                })?;
-                Self::Held { batch, held }
+                Self::Held { batch, held: r.list(|r| HeldRecord::read(&mut r.record()?))? }
             }
             0x104 => Self::InventoryEnd,
             0x105 => Self::Spawned { request: r.u64()?, pid: r.u32()?, start_ticks: r.u64()? },
@@ -531,6 +573,8 @@ impl FromKeeper {
             0x109 => Self::Synced { request: r.u64()? },
             0x10a => Self::NotUnderstood { kind: r.u16()? },
             0x10b => Self::Leaving,
+            0x10c => Self::Dismissed,
+            0x10d => Self::Upgraded(Upgrade::read(&mut r)?),
             kind => return Ok(Self::Unknown { kind }),
         };
         let expected = if let Self::Held { held, .. } = &message { held.len() } else { 0 };
@@ -555,7 +599,7 @@ impl Hello {
         })?;
         w.u8(u8::from(self.without_blob));
         w.i32(self.terminate.unwrap_or(0));
-        Ok(())
+        w.option(self.upgrade.as_ref(), |w, upgrade| w.record(|w| upgrade.write(w)))
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
@@ -576,6 +620,7 @@ impl Hello {
             })?,
             without_blob: r.u8()? != 0,
             terminate: Some(r.i32()?).filter(|&signal| signal != 0),
+            upgrade: if r.is_empty() { None } else { r.option(|r| Upgrade::read(&mut r.record()?))? },
         })
     }
 }
@@ -608,6 +653,18 @@ impl ChildRecord {
                 _ => return Err(WireError::Value("child state")),
             },
         })
+    }
+}
+
+impl HeldRecord {
+    fn write(&self, w: &mut Writer) -> Result<(), WireError> {
+        w.bytes(self.name.as_bytes(), NAME_MAX, "name")?;
+        w.u32(self.owner.unwrap_or(0));
+        Ok(())
+    }
+
+    fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        Ok(Self { name: r.text(NAME_MAX, "name")?, owner: r.pid()? })
     }
 }
 

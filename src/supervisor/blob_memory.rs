@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-use super::blob::{self, Blob};
+use super::blob::{self, Blob, Opened, Sealer};
 use crate::sys::memfd;
 
 /// The keeper's names of the two halves.
@@ -16,6 +16,7 @@ pub const HALVES: [&str; 2] = ["blob:0", "blob:1"];
 pub struct BlobMemory {
     halves: [File; 2],
     number: u64,
+    sealer: Sealer,
     /// The change counters at the last write.
     recorded: Option<(u64, u64)>,
 }
@@ -27,7 +28,7 @@ impl BlobMemory {
     /// As memfd_create(2).
     pub fn create() -> io::Result<Self> {
         let half = || memfd::create(c"pm-blob").map(File::from);
-        Ok(Self { halves: [half()?, half()?], number: 0, recorded: None })
+        Ok(Self { halves: [half()?, half()?], number: 0, sealer: Sealer::default(), recorded: None })
     }
 
     /// Memory of an earlier supervisor, and the newest blob in it.
@@ -36,19 +37,20 @@ impl BlobMemory {
     /// When it cannot be read.
     pub fn adopt(halves: [OwnedFd; 2]) -> io::Result<(Self, Option<Blob>)> {
         let halves = halves.map(File::from);
-        let mut newest: Option<(Blob, u64)> = None;
+        let mut newest: Option<Opened> = None;
         for half in &halves {
             let length = usize::try_from(half.metadata()?.len()).unwrap_or(0);
             let mut record = vec![0; length];
             half.read_exact_at(&mut record, 0)?;
-            if let Some((blob, number)) = blob::open(&record)
-                && newest.as_ref().is_none_or(|(_, known)| number > *known)
+            if let Some(opened) = blob::open(&record)
+                && newest.as_ref().is_none_or(|known| opened.number > known.number)
             {
-                newest = Some((blob, number));
+                newest = Some(opened);
             }
         }
-        let number = newest.as_ref().map_or(0, |(_, number)| *number);
-        Ok((Self { halves, number, recorded: None }, newest.map(|(blob, _)| blob)))
+        let number = newest.as_ref().map_or(0, |opened| opened.number);
+        let memory = Self { halves, number, sealer: Sealer::default(), recorded: None };
+        Ok((memory, newest.map(|opened| opened.blob)))
     }
 
     /// The two descriptors, in the order of [`HALVES`].
@@ -58,6 +60,18 @@ impl BlobMemory {
     pub fn descriptors(&self) -> io::Result<[OwnedFd; 2]> {
         let [first, second] = &self.halves;
         Ok([first.try_clone()?.into(), second.try_clone()?.into()])
+    }
+
+    /// A copy of the newest record; empty when there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn newest(&self) -> io::Result<Vec<u8>> {
+        let [first, second] = &self.halves;
+        let half = if self.number.is_multiple_of(2) { first } else { second };
+        let mut record = vec![0; usize::try_from(half.metadata()?.len()).unwrap_or(0)];
+        half.read_exact_at(&mut record, 0)?;
+        Ok(record)
     }
 
     /// Writes a blob if the fleet or what else goes into it has changed since the last time.
@@ -71,7 +85,7 @@ impl BlobMemory {
         self.number += 1;
         let [first, second] = &self.halves;
         let half = if self.number.is_multiple_of(2) { first } else { second };
-        half.write_all_at(&blob::seal(&blob(), self.number), 0)?;
+        half.write_all_at(&self.sealer.seal(blob(), self.number), 0)?;
         self.recorded = Some(changes);
         Ok(())
     }

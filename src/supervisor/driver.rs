@@ -33,6 +33,7 @@ use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
 use super::saver::{SaveDone, Saver};
 use super::shells::Shells;
+use super::upgrade::{Examined, PM_VERSION, Subject, Then as UpgradeThen, Upgrades, Wish};
 use super::variables::Variables;
 use super::world::World;
 use crate::dispatch::DispatchEvent;
@@ -40,7 +41,7 @@ use crate::ipc::protocol::{
     Answer, Call, KeyChange, OperationView, Refused, Reply, Request, ScaleTo, Verb as AskedVerb,
 };
 use crate::keeper::link::LinkError;
-use crate::keeper::wire::FromKeeper;
+use crate::keeper::wire::{self, FromKeeper, UpgradeState};
 use crate::logs::naming::is_merged;
 use crate::logs::pump::LogEvent;
 use crate::model::difference::{Weight, differences};
@@ -57,6 +58,7 @@ use crate::policy::vocabulary::{
     Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, Verb,
 };
 use crate::store::environment::is_scrubbed;
+use crate::store::paths::Home;
 use crate::store::state::{Shell, State, StateStore};
 use crate::sys::tree::worker::TreeEvent;
 use crate::sys::{clock, watch};
@@ -90,6 +92,8 @@ pub enum Input {
     Logs(LogEvent),
     /// From the saver.
     Saved(SaveDone),
+    /// A program was looked at, for an upgrade.
+    Examined(Box<Examined>),
     /// A while ago the last worker of an app closed this listener.
     PerhapsUnused {
         /// Whose.
@@ -102,6 +106,9 @@ pub enum Input {
 /// How long an answer waits for the last words of a run that failed: as long as it takes to read two full pipes, and
 /// not as long as something that the run left behind may keep them open.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// How long a supervisor that is to be replaced waits for the disk. What is not saved by then has not been answered.
+const SAVE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why a supervisor cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +156,12 @@ pub struct Driver {
     terminated: Option<i32>,
     /// `Quit` was reached.
     quitting: bool,
+    upgrades: Upgrades,
+    /// The next supervisor waits for this one to leave, which it does when what it saves is saved, or by then.
+    leaving: Option<Moment>,
+    home: Home,
+    keeper_wire: u16,
+    inputs: mpsc::UnboundedSender<Input>,
 }
 
 /// How a driver's life ends.
@@ -156,6 +169,15 @@ pub struct Driver {
 pub enum Ended {
     /// Everything is down.
     Quit(Box<World>),
+    /// Another program follows.
+    Replaced {
+        /// As it is.
+        world: Box<World>,
+        /// What still comes in.
+        inputs: mpsc::UnboundedReceiver<Input>,
+        /// The signal that had asked the daemon to end.
+        terminated: Option<i32>,
+    },
     /// The keeper is gone: everything goes to the next one.
     Orphaned {
         /// As it is.
@@ -192,6 +214,14 @@ pub struct Parts {
     pub kills: Vec<OpId>,
     /// What the service manager hears.
     pub notices: Notices,
+    /// Upgrades.
+    pub upgrades: Upgrades,
+    /// Whose daemon.
+    pub home: Home,
+    /// The version of the frames that the keeper speaks.
+    pub keeper_wire: u16,
+    /// Where what happens arrives.
+    pub inputs: mpsc::UnboundedSender<Input>,
 }
 
 impl Driver {
@@ -210,6 +240,10 @@ impl Driver {
             journal,
             kills,
             notices,
+            upgrades,
+            home,
+            keeper_wire,
+            inputs,
         } = parts;
         Self {
             fleet,
@@ -231,6 +265,11 @@ impl Driver {
             notices,
             terminated: None,
             quitting: false,
+            upgrades,
+            leaving: None,
+            home,
+            keeper_wire,
+            inputs,
         }
     }
 
@@ -246,7 +285,10 @@ impl Driver {
         terminate: Option<i32>,
     ) -> Result<Ended, DriverError> {
         match self.turns(first, &mut inputs, asks, terminate).await {
-            Ok(()) => Ok(Ended::Quit(Box::new(self.world))),
+            Ok(()) if self.quitting => Ok(Ended::Quit(Box::new(self.world))),
+            Ok(()) => {
+                Ok(Ended::Replaced { world: Box::new(self.world), inputs, terminated: self.terminated })
+            }
             Err(DriverError::Link(LinkError::Closed)) => {
                 Ok(Ended::Orphaned { world: Box::new(self.world), inputs, terminated: self.terminated })
             }
@@ -274,11 +316,17 @@ impl Driver {
         if let Some(text) = self.notices.up(self.world.keeper_pid(), &status_of(&self.fleet)) {
             self.world.notify(text);
         }
-        while !self.quitting {
+        if self.upgrades.is_on_trial() {
+            self.world.took_over();
+        }
+        while !self.quitting && !self.leaves() {
             self.give_notice();
             let words = self.unsaid.iter().map(|(_, _, until)| *until).min();
-            let others =
-                words.into_iter().chain(self.surveys.next_deadline()).chain(self.notices.next_deadline());
+            let others = words
+                .into_iter()
+                .chain(self.surveys.next_deadline())
+                .chain(self.notices.next_deadline())
+                .chain(self.leaving);
             let deadline = self.fleet.next_deadline().into_iter().chain(others).min().map(instant_of);
             tokio::select! {
                 biased;
@@ -305,10 +353,13 @@ impl Driver {
                 () = sleep_until(deadline.unwrap_or_else(far_future)), if deadline.is_some() => {
                     self.turn(Event::DeadlineReached);
                 }
-                Some(ask) = asks.recv() => self.asked(ask),
+                Some(ask) = asks.recv(), if self.leaving.is_none() => self.asked(ask),
             }
             // Apps that talk without end do not keep clients waiting.
             for _ in 0..ASKS_BATCH {
+                if self.leaving.is_some() {
+                    break;
+                }
                 let Ok(ask) = asks.try_recv() else { break };
                 self.asked(ask);
             }
@@ -478,6 +529,9 @@ impl Driver {
         if let FromKeeper::Terminate { signal } = message {
             return self.terminate(signal);
         }
+        if let FromKeeper::Upgraded(upgrade) = message {
+            return self.upgraded(upgrade);
+        }
         if let Some(event) = self.world.told(message) {
             self.turn(event);
         }
@@ -525,6 +579,10 @@ impl Driver {
             Input::Logs(event) => self.world.logged(event),
             Input::Saved(done) => {
                 self.saved(done);
+                None
+            }
+            Input::Examined(examined) => {
+                self.examined(*examined);
                 None
             }
         };
@@ -630,6 +688,10 @@ impl Driver {
                 let selection = self.select(&targets)?;
                 self.command(op, Command::Reset { selection }, replies);
             }
+            Request::Upgrade { program, supervisor_only, check } => {
+                self.upgrade(op, Wish { program, supervisor_only, check }, replies)?;
+            }
+            Request::UpgradeOutcome { op } => self.upgrades.outcome(op, replies),
             Request::Save => {
                 let saved = self.write_dump()?;
                 let _ = replies.send(Reply::Answer(saved));
@@ -694,6 +756,70 @@ impl Driver {
         }
         changes.extend(next.into_iter().map(|(key, value)| KeyChange { key, old: None, new: Some(value) }));
         Ok(Answer::EnvDiff { app, changes })
+    }
+
+    fn upgrade(&mut self, op: OpId, wish: Wish, replies: &Replies) -> Result<(), Refused> {
+        if self.terminated.is_some() || self.quitting {
+            return Err(Refused {
+                code: 5,
+                message: "the daemon is ending".to_owned(),
+                cause: None,
+                hint: Some("The next one that is started is the new version.".to_owned()),
+            });
+        }
+        self.record(clock::now());
+        let blob = self.world.blob_copy().map_err(|error| failed("cannot copy the live state", &error))?;
+        let keeper_pid = self.world.keeper_pid();
+        let subject = Subject { home: self.home.clone(), blob, keeper_pid, keeper_wire: self.keeper_wire };
+        let inputs = self.inputs.clone();
+        self.upgrades.begin(op, wish, replies, subject, move |examined| {
+            // Fails only when the driver has ended.
+            let _ = inputs.send(Input::Examined(Box::new(examined)));
+        })
+    }
+
+    fn examined(&mut self, examined: Examined) {
+        let op = examined.op;
+        let Some((candidate, supervisor_only)) = self.upgrades.examined(examined) else { return };
+        if self.terminated.is_some() {
+            return self.upgrades.give_up("the daemon is ending");
+        }
+        let to = &candidate.findings.pm;
+        tracing::info!(from = PM_VERSION, to, "upgrade begins");
+        if let Some(text) = self.notices.reloading(clock::now()) {
+            self.world.notify(text);
+        }
+        if let Err(error) = self.world.prepare_upgrade(op, PM_VERSION, supervisor_only, &candidate.program) {
+            self.upgrades.give_up(&error.to_string());
+        }
+    }
+
+    fn upgraded(&mut self, upgrade: wire::Upgrade) {
+        match self.upgrades.told(upgrade) {
+            UpgradeThen::Leave => self.leaving = Some(clock::now() + SAVE_PATIENCE),
+            UpgradeThen::Stay => {
+                // It may have ended between two words of the keeper.
+                self.leaving = None;
+                self.note_upgrade();
+                if let Some(text) = self.notices.up(self.world.keeper_pid(), &status_of(&self.fleet)) {
+                    self.world.notify(text);
+                }
+            }
+            UpgradeThen::Ended => self.note_upgrade(),
+        }
+    }
+
+    fn note_upgrade(&mut self) {
+        if let Some(last) = self.upgrades.last() {
+            let (event, fields) = upgrade_event(last);
+            tracing::info!(from = last.from, to = PM_VERSION, outcome = ?last.state, "upgrade has ended");
+            self.journal.daemon(clock::now(), event, fields);
+        }
+    }
+
+    /// Whether it is time to make way for the next supervisor.
+    fn leaves(&self) -> bool {
+        self.leaving.is_some_and(|until| self.held.is_empty() || until <= clock::now())
     }
 
     fn command(&mut self, op: OpId, command: Command, replies: &Replies) {
@@ -971,6 +1097,18 @@ impl Driver {
         }
         Ok(())
     }
+}
+
+/// An upgrade in the stream of events.
+fn upgrade_event(upgrade: &wire::Upgrade) -> (&'static str, serde_json::Value) {
+    let (event, keeper, reason) = match &upgrade.state {
+        UpgradeState::Failed { reason } => ("upgrade_failed", "unchanged", Some(reason)),
+        UpgradeState::KeeperStays { reason } => ("daemon_upgraded", "unchanged", Some(reason)),
+        UpgradeState::Supervisor => ("daemon_upgraded", "unchanged", None),
+        UpgradeState::Pending | UpgradeState::Both => ("daemon_upgraded", "replaced", None),
+    };
+    let to = PM_VERSION;
+    (event, serde_json::json!({ "from": upgrade.from, "to": to, "keeper": keeper, "reason": reason }))
 }
 
 fn is_condemned(app: &SavedApp) -> bool {

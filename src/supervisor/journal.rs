@@ -53,6 +53,7 @@ pub struct Journal {
 
 /// What the next supervisor has to know of the stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct JournalMemo {
     /// The number of the last line.
     pub seq: u64,

@@ -28,5 +28,6 @@ pub mod shells;
 pub mod steering;
 pub mod tag;
 pub mod takeover;
+pub mod upgrade;
 pub mod variables;
 pub mod world;

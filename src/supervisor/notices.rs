@@ -79,6 +79,13 @@ impl Notices {
         self.listens.then(|| format!("READY=1\nMAINPID={keeper}\nSTATUS={status}"))
     }
 
+    /// What to say when another program takes this one's place; [`Self::up`] follows (sd_notify(3), RELOADING).
+    #[must_use]
+    pub fn reloading(&self, now: Moment) -> Option<String> {
+        let at = now.nanos() / 1000;
+        self.listens.then(|| format!("RELOADING=1\nMONOTONIC_USEC={at}\nSTATUS=upgrading"))
+    }
+
     /// What to say when the daemon begins to end, and its slowest app may take `longest` for that.
     pub fn ends(&mut self, now: Moment, longest: Duration) -> Option<String> {
         if !self.listens || self.extend_until.is_some() {

@@ -42,12 +42,12 @@ struct Past {
     at: Moment,
     ended: Ended,
     /// The same for the memo, which is asked for in every turn: written once.
-    text: Vec<u8>,
+    text: String,
 }
 
 impl Past {
     fn new(op: OpId, at: Moment, ended: Ended) -> Self {
-        let text = serde_json::to_vec(&ended).unwrap_or_default();
+        let text = serde_json::to_string(&ended).unwrap_or_default();
         Self { op, at, ended, text }
     }
 }
@@ -64,13 +64,14 @@ struct UnderWay {
 
 /// What the next supervisor has to know of operations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct OperationsMemo {
     under_way: Vec<OperationMemo>,
     /// What an earlier supervisor had not come to in some of them. Judged once: what began and was undone is no more to
     /// be told from it later.
     not_begun: Vec<(OpId, Vec<AppName>)>,
     /// With the outcome as JSON: the protocol's types are made for that.
-    ended: Vec<(OpId, Moment, Vec<u8>)>,
+    ended: Vec<(OpId, Moment, String)>,
 }
 
 /// What is known of an operation that a client asks about.
@@ -91,8 +92,8 @@ impl Operations {
         let Some(OperationsMemo { under_way, not_begun, ended }) = memo else { return Vec::new() };
         let mut judged: BTreeMap<OpId, Vec<AppName>> = not_begun.into_iter().collect();
         self.complete = true;
-        let outcome = |(op, at, text): (OpId, Moment, Vec<u8>)| {
-            let ended = serde_json::from_slice::<Ended>(&text).ok()?;
+        let outcome = |(op, at, text): (OpId, Moment, String)| {
+            let ended = serde_json::from_str::<Ended>(&text).ok()?;
             Some(Past { op, at, ended, text })
         };
         self.ended.extend(ended.into_iter().filter_map(outcome));

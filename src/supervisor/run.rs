@@ -25,6 +25,7 @@ use super::publish::Publisher;
 use super::saver::Saver;
 use super::tag::HomeMark;
 use super::takeover::{self, Attended};
+use super::upgrade::Upgrades;
 use super::world::adopt::Legacy;
 use super::world::{Tools, World};
 use crate::ipc::protocol::{Refused, Reply};
@@ -181,9 +182,7 @@ where
     let (memo, channels, listeners, asked, journal) = match remembered {
         // Whatever the supervisors died of: without its listeners an app cannot serve.
         Some(blob) if hello.without_blob => (None, Vec::new(), blob.listeners, None, Some(blob.journal)),
-        Some(blob) => {
-            (Some(blob.memo), blob.channels, blob.listeners, Some(blob.operations), Some(blob.journal))
-        }
+        Some(blob) => (Some(blob.memo), blob.channels, blob.listeners, blob.operations, Some(blob.journal)),
         None => (None::<Memo>, Vec::new(), Vec::new(), None, None),
     };
     let mut operations = Operations::default();
@@ -206,6 +205,7 @@ where
     let pids = serde_json::json!({ "pid": std::process::id(), "daemon_pid": keeper, "deaths": hello.deaths });
     journal.daemon(clock::now(), event, pids);
     let publisher = Publisher::start(keeper.cast_signed()).map_err(step("start the publisher"))?;
+    let upgrades = Upgrades::new(hello.upgrade.clone());
     let driver = Driver::new(Parts {
         fleet,
         world,
@@ -218,11 +218,25 @@ where
         journal,
         kills,
         notices: Notices::from_environment(keeper),
+        upgrades,
+        home: home.clone(),
+        keeper_wire: hello.version,
+        inputs: inputs_tx.clone(),
     });
     let server = tokio::spawn(serve(listener, handle.clone()));
     tracing::info!(pid = std::process::id(), home = %home.dir().display(), "supervisor is up");
     let world = match driver.run(first, inputs_rx, asks_rx, hello.terminate).await? {
         Ended::Quit(world) => world,
+        Ended::Replaced { world, inputs, terminated } => {
+            server.abort();
+            let _ = server.await;
+            let Some((world, inputs)) = takeover::make_way(world, inputs).await? else {
+                tracing::info!("replaced by the next version");
+                return Ok(());
+            };
+            let hello = Hello { terminate: terminated.or(hello.terminate), ..hello };
+            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await;
+        }
         Ended::Orphaned { world, inputs, terminated } => {
             // Who connects from now on waits for the next supervisor.
             server.abort();

@@ -66,6 +66,9 @@ impl fmt::Display for Nonce {
     }
 }
 
+/// Room for the fields of an earlier version's tag that it did not have.
+const LATER_FIELDS: usize = 64;
+
 /// What the keeper stores with a child.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tag {
@@ -87,10 +90,11 @@ impl Tag {
         postcard::to_allocvec(self).unwrap_or_default()
     }
 
-    /// The tag in the keeper's bytes.
+    /// The tag in the keeper's bytes. Fields are only ever appended: those of a later version are left over, and those
+    /// that an earlier one did not know are zero.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        postcard::from_bytes(bytes).ok()
+        postcard::from_bytes(&[bytes, &[0; LATER_FIELDS]].concat()).ok()
     }
 
     /// The value of `PM_INSTANCE`: proves that a process belongs to this run.
@@ -161,6 +165,18 @@ mod tests {
             assert!(!ours.made(foreign), "{foreign}");
         }
         assert_eq!(tag(ours).nonce.as_uuid().len(), 36);
+    }
+
+    #[test]
+    fn tags_of_other_versions_are_read() {
+        let id = InstanceId { app: AppName::new("api").unwrap(), slot: Slot(2), generation: Generation(300) };
+        let tag = Tag { id, pm_id: PmId(5), revision: 200, nonce: Nonce(0x0123_4567_89ab_cdef) };
+        // As 0.1.0 writes it.
+        let first = b"\x03api\x02\xac\x02\x05\xc8\x01\xef\x9b\xaf\xcd\xf8\xac\xd1\x91\x01";
+        assert_eq!(tag.encode(), first);
+        assert_eq!(Tag::decode(first), Some(tag.clone()));
+        assert_eq!(Tag::decode(&[first, &b"what a later version adds"[..]].concat()), Some(tag));
+        assert_eq!(Tag::decode(b"\xff\xff"), None);
     }
 
     #[test]

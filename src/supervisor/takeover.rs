@@ -23,10 +23,11 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::driver::Input;
 use super::run::RunError;
-use super::world::Remains;
-use crate::dispatch::{Command, DispatchEvent};
+use super::world::{Remains, World};
+use crate::dispatch::{Command, DispatchEvent, DispatchHandle};
 use crate::keeper::handover;
-use crate::keeper::link::Inventory;
+use crate::keeper::link::{Inventory, LinkError};
+use crate::logs::pump::LogHandle;
 use crate::store::paths::Home;
 use crate::sys::child::{self, Zombie};
 use crate::sys::spawn::{self, Program, Target};
@@ -97,7 +98,7 @@ pub(super) async fn pass_on(
                 continue;
             }
             if !frozen {
-                freeze(&remains, &mut inputs).await;
+                freeze(&remains.dispatch, &remains.logs, &mut inputs).await;
                 frozen = true;
             }
             match handover::offer(socket, &remains.estate) {
@@ -116,9 +117,27 @@ pub(super) async fn pass_on(
     }
 }
 
+/// Gets out of the way of the supervisor that an upgrade has started, and returns when that has everything. `Some`: the
+/// keeper has died meanwhile, and everything goes to the next one.
+///
+/// # Errors
+/// The keeper does nothing any more; it will find this process gone.
+pub(super) async fn make_way(
+    mut world: Box<World>,
+    mut inputs: UnboundedReceiver<Input>,
+) -> Result<Option<(Box<World>, UnboundedReceiver<Input>)>, RunError> {
+    let (dispatch, logs) = world.frozen_parts();
+    freeze(dispatch, logs, &mut inputs).await;
+    match world.go() {
+        Ok(()) => Ok(None),
+        Err(LinkError::Closed) => Ok(Some((world, inputs))),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Leaves every descriptor where another supervisor can go on: channels at a line's end, lines in their files.
-async fn freeze(remains: &Remains, inputs: &mut UnboundedReceiver<Input>) {
-    remains.dispatch.send(Command::Freeze);
+async fn freeze(dispatch: &DispatchHandle, logs: &LogHandle, inputs: &mut UnboundedReceiver<Input>) {
+    dispatch.send(Command::Freeze);
     let frozen = async {
         while let Some(input) = inputs.recv().await {
             if matches!(input, Input::Dispatch(DispatchEvent::Frozen { .. } | DispatchEvent::Ended { .. })) {
@@ -129,7 +148,7 @@ async fn freeze(remains: &Remains, inputs: &mut UnboundedReceiver<Input>) {
     if timeout(FREEZE_PATIENCE, frozen).await.is_err() {
         tracing::error!("connections are handed over in the middle of things");
     }
-    if !remains.logs.stop(LOGS_PATIENCE) {
+    if !logs.stop(LOGS_PATIENCE) {
         tracing::error!("some log lines have not reached their files");
     }
 }

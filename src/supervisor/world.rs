@@ -19,7 +19,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
-use super::blob::{self, Blob, ChannelMemo, ListenerMemo};
+use super::blob::{Blob, ChannelMemo, ListenerMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
 use super::journal::Journal;
@@ -40,7 +40,7 @@ use crate::keeper::wire::{FromKeeper, HeldFds, Hello, ToKeeper};
 use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{LogEvent, LogHandle};
 use crate::model::exit::ExitReason;
-use crate::model::id::{AppName, InstanceId, PmId};
+use crate::model::id::{AppName, InstanceId, OpId, PmId};
 use crate::model::moment::{Moment, millis};
 use crate::model::saved::StartedFrom;
 use crate::model::signal::Signal;
@@ -73,6 +73,11 @@ const RECENT_RUNS: usize = 64;
 const LISTENER_LINGER: Duration = Duration::from_secs(5);
 
 /// How long the keeper may take to read our last words.
+const DISMISSAL_PAUSE: Duration = Duration::from_millis(5);
+
+/// A keeper that does not start the next supervisor by then hangs.
+const DISMISSAL_PATIENCE: Duration = Duration::from_secs(30);
+
 const QUIT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How many of the last lines a failure shows.
@@ -286,7 +291,6 @@ impl World {
     pub fn record(&mut self, now: Moment, fleet: &Fleet, operations: &Operations, journal: &Journal) {
         let Self { runs, cluster_listeners, blob, .. } = self;
         let content = || Blob {
-            version: blob::VERSION,
             memo: fleet.memo(),
             channels: runs
                 .iter()
@@ -294,7 +298,7 @@ impl World {
                 .map(|(id, run)| run.channel_memo(id))
                 .collect(),
             listeners: cluster_listeners.values().cloned().collect(),
-            operations: operations.memo(now),
+            operations: Some(operations.memo(now)),
             journal: journal.memo(),
         };
         if let Err(error) =
@@ -640,6 +644,8 @@ impl World {
                 None
             }
             FromKeeper::Hello(_)
+            | FromKeeper::Upgraded(_)
+            | FromKeeper::Dismissed
             | FromKeeper::Children { .. }
             | FromKeeper::Held { .. }
             | FromKeeper::InventoryEnd
@@ -936,6 +942,65 @@ impl World {
     /// Tells the keeper that this supervisor is alive, and will tell so again.
     pub fn beat(&mut self) {
         self.tell_keeper(&ToKeeper::Beat);
+    }
+
+    /// A copy of what is remembered.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn blob_copy(&self) -> std::io::Result<Vec<u8>> {
+        self.blob.newest()
+    }
+
+    /// Lets the keeper start the next supervisor from another program.
+    ///
+    /// # Errors
+    /// When the keeper is gone.
+    pub fn prepare_upgrade(
+        &mut self,
+        op: OpId,
+        from: &str,
+        supervisor_only: bool,
+        program: &OwnedFd,
+    ) -> Result<(), LinkError> {
+        let message = ToKeeper::Upgrade { op: op.0, from: from.to_owned(), supervisor_only };
+        self.link.try_send(&message, &[program.as_fd()])
+    }
+
+    /// This supervisor, which an upgrade has started, is up.
+    pub fn took_over(&mut self) {
+        self.tell_keeper(&ToKeeper::TookOver);
+    }
+
+    /// Lets the next supervisor have everything, and waits until it has. Only after everything that this one reads,
+    /// writes and accepts is frozen.
+    ///
+    /// # Errors
+    /// [`LinkError::Closed`]: the keeper is gone, and this supervisor has everything that there is.
+    pub fn go(&mut self) -> Result<(), LinkError> {
+        self.link.try_send(&ToKeeper::Go, &[])?;
+        loop {
+            while let Some(message) = self.link.try_recv()? {
+                if message == FromKeeper::Dismissed {
+                    return Ok(());
+                }
+            }
+            let room = self.link.pending() > 0;
+            let interest = if room { poll::Interest::ReadWrite } else { poll::Interest::Read };
+            // Descriptors on their way can only be tried again; everything else is told.
+            let pause = if room { DISMISSAL_PAUSE } else { DISMISSAL_PATIENCE };
+            let ready = poll::wait(&[(self.link.as_fd(), interest)], Some(pause));
+            let ready = ready.map_err(|source| LinkError::Io { step: "wait for the keeper", source })?;
+            if !ready[0] && !room {
+                return Err(LinkError::Silent);
+            }
+            self.link.flush()?;
+        }
+    }
+
+    /// The threads that have to be frozen.
+    pub fn frozen_parts(&self) -> (&DispatchHandle, &LogHandle) {
+        (&self.dispatch, &self.logs)
     }
 
     /// The keeper is gone: what it had, those who still work on it, and whether the next keeper is on its way.

@@ -153,6 +153,44 @@ pub fn inherited_packet_socket(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Takes over a descriptor that stayed open over execve(2), once per process, and makes it CLOEXEC.
+///
+/// # Errors
+/// EBADF when nothing is there, InvalidInput when this process has opened or taken it over itself.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 3 {
+        return Err(Errno::EBADF.into());
+    }
+    // SAFETY: the borrow ends with this function, which closes nothing; a number that is not open gives EBADF below.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let flags = FdFlag::from_bits_retain(fcntl(borrowed, FcntlArg::F_GETFD)?);
+    if flags.contains(FdFlag::FD_CLOEXEC) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("descriptor {fd} was not inherited"),
+        ));
+    }
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    // SAFETY: an inherited descriptor (not CLOEXEC, and everything this program opens is) has no owner in this
+    // process yet; the flag set above refuses a second take-over.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Lets these descriptors stay open over execve(2), or close as usual.
+///
+/// # Errors
+/// See fcntl(2); the others are done all the same.
+pub fn set_kept_over_exec(fds: &[BorrowedFd<'_>], kept: bool) -> io::Result<()> {
+    let flags = if kept { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
+    let mut outcome = Ok(());
+    for fd in fds {
+        if let Err(error) = fcntl(fd, FcntlArg::F_SETFD(flags)) {
+            outcome = Err(error.into());
+        }
+    }
+    outcome
+}
+
 /// Marks every descriptor from `first` on CLOEXEC: what we were started with does not leak into what we start.
 ///
 /// # Errors

@@ -45,3 +45,4 @@ mod support;
 mod surprises;
 mod targets;
 mod trees;
+mod upgrade;

@@ -16,6 +16,7 @@ pub(crate) const ALL: &[Scenario] = &[
     ("a_daemon_that_was_started_by_hand_is_taken_over_with_its_apps", by_hand_is_taken_over),
     ("kill_9_of_the_keeper_leaves_one_keeper_one_supervisor_and_the_same_app_pids", killed_keeper),
     ("systemctl_restart_keeps_the_app_pids", restart_keeps_pids),
+    ("systemctl_reload_replaces_the_daemon_by_what_is_installed_and_keeps_every_process", reload_upgrades),
     ("systemctl_stop_ends_the_apps_and_start_brings_back_what_was_wanted", stop_and_start),
     ("a_stop_takes_as_long_as_the_slowest_app_may_take", slow_stop),
     ("what_a_hung_daemon_leaves_is_ended_when_a_stop_was_asked_for", hung_daemon_is_cleaned_up),
@@ -166,6 +167,58 @@ fn restart_keeps_pids() {
     ok("pm stop two");
     ok("systemctl restart pm");
     assert_eq!(pids().into_keys().collect::<Vec<_>>(), ["one:0"]);
+}
+
+fn reload_upgrades() {
+    write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n");
+    write("ends.sh", "trap 'exit 7' TERM\nwhile :; do sleep 0.05; done\n");
+    ok("pm startup");
+    start(&format!(
+        "{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n\
+         [[apps]]\nname = 'ends'\nscript = 'ends.sh'\nautorestart = false\n"
+    ));
+    let before = pids();
+    let (keeper, mut supervisor) = daemon();
+    // Nothing new is installed: nothing happens.
+    ok("systemctl reload pm");
+    assert_eq!(daemon(), (keeper, supervisor));
+    for round in 1..=3 {
+        // As packages do it: the new file takes the name of the old one.
+        ok(&format!("cp {PM} {PM}.new && echo >> {PM}.new && mv {PM}.new {PM}"));
+        ok("systemctl reload pm");
+        until("systemd has heard that it is ready", || match unit("SubState") {
+            state if state == "running" => Ok(()),
+            state => Err(state),
+        });
+        let now = daemon();
+        assert_eq!(now.0, keeper, "round {round}: the main process is the same");
+        assert_ne!(now.1, supervisor);
+        supervisor = now.1;
+        assert_eq!(unit("MainPID"), keeper.to_string());
+        assert_eq!(pids(), before, "round {round}");
+        assert_eq!((unit("Result"), unit("NRestarts")), ("success".into(), "0".into()));
+        assert_eq!(unit("NotifyAccess"), "main");
+        for pid in [now.0, now.1] {
+            let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+            assert_eq!(program.to_str(), Some(PM), "round {round}");
+        }
+    }
+    // Systemd goes on watching, and the apps are still the keeper's children.
+    ok(&format!("kill -TERM {}", before["ends:4"]));
+    until("its exit is known", || match sh("pm describe ends").text {
+        text if text.contains("exit code 7") => Ok(()),
+        text => Err(text),
+    });
+    ok("pm stop count");
+    let lines = ok("cat /var/lib/pm/logs/count-out*.log");
+    let numbers: Vec<u64> = lines.lines().map(|line| line.parse().unwrap()).collect();
+    let expected: Vec<u64> = (1..=numbers.len() as u64).collect();
+    assert_eq!(numbers, expected, "no line is lost or twice");
+    until_says("systemctl show pm --value -p StatusText", "4 apps: 3 online, 2 stopped");
+    // Something that is no pm is refused, and the daemon goes on.
+    ok("cp /bin/true /root/scenario/true");
+    sh("pm upgrade /root/scenario/true").says("it is not pm").code_is(2);
+    assert_eq!(daemon(), (keeper, supervisor));
 }
 
 fn stop_and_start() {

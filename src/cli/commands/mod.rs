@@ -23,6 +23,7 @@ mod start;
 mod startup;
 mod unit;
 mod unstartup;
+mod upgrade;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -75,6 +76,7 @@ pub fn run(command: Command, context: &mut Context) -> Result<u8, CliError> {
         Command::Init(args) => init::run(&args, context).map(done),
         Command::Startup(args) => startup::run(&args, context).map(done),
         Command::Unstartup(args) => unstartup::run(&args, context).map(done),
+        Command::Upgrade(args) => upgrade::run(&args, context).map(done),
         Command::Unit(hook) => unit::run(&hook, context).map(done),
         Command::Check(args) => check::run(&args, context).map(done),
         // `parse` has taken these.

@@ -104,6 +104,11 @@ impl<'a> Reader<'a> {
         if usize::from(r.u16()?) == fds { Ok((kind, r)) } else { Err(WireError::Descriptors) }
     }
 
+    /// Whether everything is read: what follows is of a later version than the writer's.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn take(&mut self, len: usize) -> Result<&'a [u8], WireError> {
         let (head, rest) = self.0.split_at_checked(len).ok_or(WireError::Short)?;
         self.0 = rest;

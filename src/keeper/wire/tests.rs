@@ -52,6 +52,10 @@ fn to_keeper() -> impl Strategy<Value = (ToKeeper, usize)> {
         name().prop_map(|prefix| (ToKeeper::ReleasePrefix { prefix }, 0)),
         any::<u64>().prop_map(|request| (ToKeeper::Sync { request }, 0)),
         Just((ToKeeper::Quit, 0)),
+        Just((ToKeeper::Go, 0)),
+        Just((ToKeeper::TookOver, 0)),
+        (any::<u64>(), ".{0,20}", any::<bool>())
+            .prop_map(|(op, from, supervisor_only)| { (ToKeeper::Upgrade { op, from, supervisor_only }, 1) }),
         (500_u16..).prop_map(|kind| (ToKeeper::Unknown { kind }, 3)),
     ]
 }
@@ -60,8 +64,8 @@ fn hello() -> impl Strategy<Value = Hello> {
     let death = (any::<u32>(), status(), any::<u64>(), ".{0,50}")
         .prop_map(|(pid, status, lived_ms, reason)| Death { pid, status, lived_ms, reason });
     let numbers = any::<(u16, u32, u64, u64, u64, i32, u32)>();
-    (numbers, option::of(death), any::<bool>(), option::of(1..65)).prop_map(
-        |(numbers, last_death, without_blob, terminate)| {
+    (numbers, option::of(death), any::<bool>(), option::of(1..65), option::of(upgrade())).prop_map(
+        |(numbers, last_death, without_blob, terminate, upgrade)| {
             let (version, keeper_pid, started, soft, hard, oom_score_adj, deaths) = numbers;
             let open_files = Limit { resource: libc::RLIMIT_NOFILE, soft, hard };
             Hello {
@@ -74,9 +78,21 @@ fn hello() -> impl Strategy<Value = Hello> {
                 last_death,
                 without_blob,
                 terminate,
+                upgrade,
             }
         },
     )
+}
+
+fn upgrade() -> impl Strategy<Value = Upgrade> {
+    let state = prop_oneof![
+        Just(UpgradeState::Pending),
+        ".{0,50}".prop_map(|reason| UpgradeState::Failed { reason }),
+        Just(UpgradeState::Supervisor),
+        ".{0,50}".prop_map(|reason| UpgradeState::KeeperStays { reason }),
+        Just(UpgradeState::Both),
+    ];
+    (any::<u64>(), ".{0,20}", state).prop_map(|(op, from, state)| Upgrade { op, from, state })
 }
 
 fn child() -> impl Strategy<Value = ChildRecord> {
@@ -111,6 +127,8 @@ fn from_keeper() -> impl Strategy<Value = (FromKeeper, usize)> {
             .prop_map(|(pid, tag, status)| (FromKeeper::Exited { pid, tag, status }, 0)),
         any::<i32>().prop_map(|signal| (FromKeeper::Terminate { signal }, 0)),
         any::<u64>().prop_map(|request| (FromKeeper::Synced { request }, 0)),
+        Just((FromKeeper::Dismissed, 0)),
+        upgrade().prop_map(|upgrade| (FromKeeper::Upgraded(upgrade), 0)),
         any::<u16>().prop_map(|kind| (FromKeeper::NotUnderstood { kind }, 0)),
         (500_u16..).prop_map(|kind| (FromKeeper::Unknown { kind }, 3)),
     ]
@@ -186,7 +204,16 @@ proptest! {
         }
         let frame = report.encode(report_fds).unwrap();
         let cut_frame = &frame[..cut.index(frame.len())];
-        if !matches!(report, FromKeeper::Unknown { .. }) || cut_frame.len() < 4 {
+        // A greeting without its last field is one of version 1.
+        let whole = match &report {
+            FromKeeper::Unknown { .. } => 4,
+            FromKeeper::Hello(hello) => {
+                let first = FromKeeper::Hello(Hello { upgrade: None, ..hello.clone() });
+                first.encode(0).unwrap().len() - 1
+            }
+            _ => frame.len(),
+        };
+        if cut_frame.len() < whole {
             prop_assert!(FromKeeper::decode(cut_frame, report_fds).is_err());
         }
         let bytes = command.encode().unwrap();
@@ -264,4 +291,152 @@ fn a_frame_with_other_descriptors_than_it_says_is_refused() {
     // The header agrees with what came, the names do not.
     let frame = hold.encode(1).unwrap();
     assert_eq!(ToKeeper::decode(&frame, 1), Err(WireError::Descriptors));
+}
+
+type Sample<T> = (&'static str, T, usize);
+
+/// A message of each kind, with the descriptors that come with it.
+fn samples() -> (Vec<Sample<ToKeeper>>, Vec<Sample<FromKeeper>>) {
+    let limit = Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 };
+    let status = WaitStatus::from_raw(1792);
+    let spawn = Spawn {
+        request: 7,
+        tag: b"tag".to_vec(),
+        child_fds: 3,
+        held: vec!["run:1:out".into()],
+        command: Some(b"command".to_vec()),
+    };
+    let death = Death { pid: 9, status, lived_ms: 5, reason: "link failed".into() };
+    let hello = Hello {
+        version: 1,
+        keeper_pid: 10,
+        started: 11,
+        open_files: limit,
+        oom_score_adj: -3,
+        deaths: 2,
+        last_death: Some(death),
+        without_blob: true,
+        terminate: Some(15),
+        upgrade: None,
+    };
+    let failed = UpgradeState::Failed { reason: "too slow".into() };
+    let upgrade = Upgrade { op: 77, from: "0.1.0".into(), state: failed };
+    let child = |pid, state| ChildRecord { pid, start_ticks: 6, tag: b"tag".to_vec(), state };
+    let children = vec![
+        child(1, ChildState::Starting),
+        child(2, ChildState::Running),
+        child(3, ChildState::Exited(status)),
+    ];
+    let held = vec![
+        HeldRecord { name: "lock".into(), owner: None },
+        HeldRecord { name: "run:1:out".into(), owner: Some(2) },
+    ];
+    let failure = Failure { stage: Stage::Exec, errno: libc::ENOENT };
+    let names = || vec!["a".to_owned(), "b".to_owned()];
+    let orders = vec![
+        ("welcome", ToKeeper::Welcome { version: 1 }, 0),
+        ("taken", ToKeeper::Taken { batch: 4 }, 0),
+        ("spawn", ToKeeper::Spawn(spawn), 4),
+        ("confirm-keep", ToKeeper::Confirm { pid: 2, fds: HeldFds::Keep }, 0),
+        ("confirm-release", ToKeeper::Confirm { pid: 2, fds: HeldFds::Release }, 0),
+        ("hold", ToKeeper::Hold { names: names(), owner: Some(2) }, 2),
+        ("release", ToKeeper::Release { name: "a".into() }, 0),
+        ("release-prefix", ToKeeper::ReleasePrefix { prefix: "run:1:".into() }, 0),
+        ("sync", ToKeeper::Sync { request: 8 }, 0),
+        ("quit", ToKeeper::Quit, 0),
+        ("notify", ToKeeper::Notify { text: "READY=1".into() }, 0),
+        ("beat", ToKeeper::Beat, 0),
+        ("upgrade", ToKeeper::Upgrade { op: 77, from: "0.1.0".into(), supervisor_only: true }, 1),
+        ("go", ToKeeper::Go, 0),
+        ("took-over", ToKeeper::TookOver, 0),
+    ];
+    let reports = vec![
+        ("hello", FromKeeper::Hello(hello.clone()), 0),
+        ("hello-upgraded", FromKeeper::Hello(Hello { upgrade: Some(upgrade.clone()), ..hello }), 0),
+        ("children", FromKeeper::Children { batch: 1, children }, 0),
+        ("held", FromKeeper::Held { batch: 2, held }, 2),
+        ("inventory-end", FromKeeper::InventoryEnd, 0),
+        ("spawned", FromKeeper::Spawned { request: 7, pid: 2, start_ticks: 6 }, 0),
+        ("spawn-failed", FromKeeper::SpawnFailed { request: 7, pid: 2, failure }, 0),
+        ("exited", FromKeeper::Exited { pid: 3, tag: b"tag".to_vec(), status }, 0),
+        ("terminate", FromKeeper::Terminate { signal: 15 }, 0),
+        ("synced", FromKeeper::Synced { request: 8 }, 0),
+        ("not-understood", FromKeeper::NotUnderstood { kind: 99 }, 0),
+        ("leaving", FromKeeper::Leaving, 0),
+        ("dismissed", FromKeeper::Dismissed, 0),
+        ("upgraded", FromKeeper::Upgraded(upgrade), 0),
+    ];
+    (orders, reports)
+}
+
+/// What the program before leaves for the one that replaces it.
+fn own() -> own::Own {
+    let (_, reports) = samples();
+    let mut own = None;
+    for (_, report, _) in reports {
+        let FromKeeper::Hello(hello) = report else { continue };
+        let child = ChildRecord { pid: 2, start_ticks: 6, tag: b"tag".to_vec(), state: ChildState::Running };
+        own = Some(own::Own {
+            hello,
+            children: vec![child],
+            adopted: vec![(2, Some(9)), (3, None)],
+            held: vec![(HeldRecord { name: "lock".into(), owner: None }, 12)],
+            supervisor: 40,
+            supervisor_started: 41,
+            link: 5,
+            beats: true,
+            executable: 4,
+            children_oom_score_adj: Some(0),
+        });
+    }
+    own.unwrap()
+}
+
+/// What the versions of the frames looked like on the wire, a file for each. A change adds one, and leaves those that are
+/// there: `PM_WRITE_FIXTURES=1` writes that of the present version.
+#[test]
+fn frames_of_older_versions_are_read() {
+    use std::fmt::Write as _;
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/keeper");
+    let hex = |bytes: &[u8]| {
+        bytes.iter().fold(String::new(), |mut text, byte| {
+            write!(text, "{byte:02x}").unwrap();
+            text
+        })
+    };
+    let (orders, reports) = samples();
+    if std::env::var_os("PM_WRITE_FIXTURES").is_some() {
+        let mut text = String::new();
+        for (name, order, fds) in &orders {
+            writeln!(text, "{name} {}", hex(&order.encode(*fds).unwrap())).unwrap();
+        }
+        for (name, report, fds) in &reports {
+            writeln!(text, "{name} {}", hex(&report.encode(*fds).unwrap())).unwrap();
+        }
+        writeln!(text, "own {}", hex(&own().encode().unwrap())).unwrap();
+        std::fs::write(dir.join(format!("frames-{VERSION}.txt")), text).unwrap();
+    }
+    let mut seen = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        for line in std::fs::read_to_string(&path).unwrap().lines() {
+            let (name, text) = line.split_once(' ').unwrap();
+            let frame: Vec<u8> = text
+                .as_bytes()
+                .chunks(2)
+                .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+                .collect();
+            let place = format!("{name} in {}", path.display());
+            if name == "own" {
+                assert_eq!(own::Own::decode(&frame), Ok(own()), "{place}");
+            } else if let Some((_, order, fds)) = orders.iter().find(|(known, ..)| *known == name) {
+                assert_eq!(ToKeeper::decode(&frame, *fds), Ok(order.clone()), "{place}");
+            } else {
+                let (_, report, fds) = reports.iter().find(|(known, ..)| *known == name).expect(&place);
+                assert_eq!(FromKeeper::decode(&frame, *fds), Ok(report.clone()), "{place}");
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= orders.len() + reports.len(), "a file for the present version is missing");
 }

@@ -192,7 +192,12 @@ impl Home {
     }
 
     pub(crate) fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pm"));
+        self.command_of(env!("CARGO_BIN_EXE_pm"), args)
+    }
+
+    /// A command of another `pm`.
+    pub(crate) fn command_of(&self, program: &str, args: &[&str]) -> Command {
+        let mut command = Command::new(program);
         command.args(args);
         self.environment(&mut command);
         command

@@ -2,6 +2,7 @@
 
 pub(crate) mod census;
 pub(crate) mod docs;
+pub(crate) mod earlier;
 pub(crate) mod genuine;
 pub(crate) mod home;
 pub(crate) mod load;
