@@ -27,6 +27,18 @@ What happens to an app that is online:
 Exit codes: 0 done or already so, 1 failed, 2 wrong usage or config, 3 no such app,
 4 daemon not reachable or not answering, 5 busy, 6 `apply --check` found changes, 70 internal error.";
 
+/// What only `run` does.
+const RUN: &str = "\
+Output of the apps goes to standard output and standard error, a line at a time with the app's
+name before it; with --json one object per line (time, app, instance, stream, line), with --raw as
+the apps wrote it. No file is written; `pm list`, `pm reload` and the like work beside it.
+
+SIGTERM, SIGINT, SIGQUIT: every app finishes what it has, within its kill_timeout; once more: SIGKILL.
+SIGHUP: the config file is read again and its apps are reloaded.
+
+Ends when every app has come to its end, with the exit code of the first one that failed (128 + n
+for signal n, 127 when it could not be started); 0 after a signal, 137 when something had to be killed.";
+
 /// Keeps apps up and ships new versions without losing a request.
 #[derive(Debug, Parser)]
 #[command(
@@ -73,6 +85,9 @@ pub struct Global {
 pub enum Command {
     /// Start apps: a config file, a script, a binary, or what is stopped
     Start(Box<Start>),
+    /// Run apps in the foreground until they end: the first process of a container
+    #[command(after_help = RUN)]
+    Run(Box<Run>),
     /// Stop apps; they stay in the list
     #[command(arg_required_else_help = true)]
     Stop(Act),
@@ -167,6 +182,25 @@ pub struct Start {
     /// Whether to wait.
     #[command(flatten)]
     pub waiting: Waiting,
+    /// Arguments of the app
+    #[arg(last = true, value_name = "APP ARGS")]
+    pub args: Vec<String>,
+}
+
+/// `pm run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The config file, script or command [default: ecosystem.toml]
+    pub target: Option<String>,
+    /// How the app is to run.
+    #[command(flatten)]
+    pub app: AppOptions,
+    /// What to take from the config file.
+    #[command(flatten)]
+    pub file: FileOptions,
+    /// Print what apps write as it is [default: lines with the app's name before them]
+    #[arg(long, conflicts_with = "json")]
+    pub raw: bool,
     /// Arguments of the app
     #[arg(last = true, value_name = "APP ARGS")]
     pub args: Vec<String>,

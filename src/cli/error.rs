@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::ipc::codec::CodecError;
 use crate::ipc::protocol::{Failure, Refused};
+use crate::store::container::NoPlace;
 use crate::store::paths::{Home, HomeError, user_name};
 
 use super::output::Terminal;
@@ -61,6 +62,12 @@ pub enum CliError {
     Home {
         /// Why.
         source: HomeError,
+    },
+    /// Nothing can be written to, so there is no place for a home.
+    #[error("cannot make a home directory for this run")]
+    NoPlace {
+        /// What was tried.
+        source: NoPlace,
     },
     /// A file of the home cannot be used.
     #[error("cannot open {path:?}")]
@@ -184,6 +191,12 @@ impl From<io::Error> for CliError {
     }
 }
 
+impl From<NoPlace> for CliError {
+    fn from(source: NoPlace) -> Self {
+        Self::NoPlace { source }
+    }
+}
+
 impl From<HomeError> for CliError {
     fn from(source: HomeError) -> Self {
         Self::Home { source }
@@ -200,7 +213,7 @@ impl CliError {
             Self::Usage { .. } | Self::Config { .. } | Self::Home { .. } | Self::HomeFile { .. } => {
                 code::USAGE
             }
-            Self::File { .. } => code::USAGE,
+            Self::File { .. } | Self::NoPlace { .. } => code::USAGE,
             Self::NoSuchApp { .. } => code::NO_SUCH_APP,
             Self::NoDaemon { .. }
             | Self::NotYours { .. }
@@ -221,6 +234,7 @@ impl CliError {
         match self {
             Self::Usage { cause, .. } => cause.clone(),
             Self::Home { source } => Some(chain(source)),
+            Self::NoPlace { source } => Some(source.to_string()),
             Self::HomeFile { source, .. }
             | Self::Connect { source, .. }
             | Self::Spawn { source, .. }
@@ -263,6 +277,11 @@ impl CliError {
                 "You are {}. Name a directory you can write with --home or PM_HOME.",
                 user_name(nix::unistd::geteuid().as_raw())
             )),
+            Self::NoPlace { .. } => Some(
+                "Give the container some memory to write to (`docker run --tmpfs /run`, a Kubernetes emptyDir with \
+                 `medium: Memory`), or name a directory with --home or PM_HOME."
+                    .to_owned(),
+            ),
             Self::Lost { .. } => Some("See `pm list`.".to_owned()),
             Self::Protocol { .. } | Self::WrongAnswer => Some(
                 "`pm` and its daemon may be of different versions; compare `pm --version` and `pm ping`."

@@ -27,6 +27,7 @@ use self::args::{Cli, Command, Global};
 use self::connect::Session;
 use self::error::{CliError, code};
 use self::output::Terminal;
+use crate::store::container;
 use crate::store::paths::Home;
 
 /// What the process is to be.
@@ -154,18 +155,28 @@ impl Client {
         ExitCode::from(self.run_on(terminal, surroundings))
     }
 
+    /// The home to use, and whether it was made for this command.
+    fn home(&self, surroundings: &Surroundings) -> Result<(Home, bool), CliError> {
+        let (option, pm_home) = (self.global.home.as_deref(), surroundings.pm_home.as_deref());
+        let is_named = option.is_some() || pm_home.is_some_and(|dir| !dir.is_empty());
+        if matches!(self.command, Command::Run(_)) && !is_named {
+            return Ok((container::temporary_home()?, true));
+        }
+        Ok((Home::resolve(option, pm_home)?, false))
+    }
+
     /// Runs the command on any streams; returns the exit code.
     #[must_use]
     pub fn run_on(self, mut terminal: Terminal, surroundings: Surroundings) -> u8 {
-        let home = match Home::resolve(self.global.home.as_deref(), surroundings.pm_home.as_deref()) {
+        let (home, temporary) = match self.home(&surroundings) {
             Ok(home) => home,
             Err(error) => {
-                let error = CliError::from(error);
                 error.print(&mut terminal);
                 return error.code();
             }
         };
-        let mut context = Context { home, terminal, json: self.global.json, surroundings };
+        let mut context =
+            Context { home, temporary_home: temporary, terminal, json: self.global.json, surroundings };
         let result = commands::run(self.command, &mut context)
             .and_then(|code| context.terminal.flush().map_err(CliError::from).map(|()| code));
         match result {
@@ -186,6 +197,8 @@ impl Client {
 pub struct Context {
     /// Whose daemon.
     pub home: Home,
+    /// The home was made for this command.
+    pub temporary_home: bool,
     /// Where output goes.
     pub terminal: Terminal,
     /// For programs.

@@ -16,6 +16,7 @@ use crate::config::resolve::{self, Resolved};
 use crate::config::{paths, units, words};
 use crate::model::id::AppName;
 use crate::model::spec::{AppSpec, Balance, ExecMode};
+use crate::sys::cpus;
 
 /// What the command line says beside the target.
 #[derive(Clone, Debug, Default)]
@@ -248,8 +249,7 @@ impl Wishes {
             home: env::var_os("HOME").map(Into::into),
             path: env::var_os("PATH").unwrap_or_default(),
             // Respects the affinity mask and the cgroup's quota.
-            cpus: std::thread::available_parallelism()
-                .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+            cpus: u32::try_from(cpus::available()).unwrap_or(u32::MAX),
             current_exe: env::current_exe().map_err(|source| CliError::File {
                 what: "find",
                 path: "/proc/self/exe".into(),

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
+use super::foreground;
 use super::inherit::{self, Found, Other};
 use crate::keeper::link::Inventory;
 use crate::keeper::run::{self, Config, Resumed};
@@ -76,8 +77,20 @@ pub fn keep(home: &Home, detached: bool, resume: Option<i32>) -> ExitCode {
         let (usec, watched) = (text("WATCHDOG_USEC"), text("WATCHDOG_PID"));
         config.watchdog = notify::watchdog(usec.as_deref(), watched.as_deref(), std::process::id());
     }
-    match run::run(config) {
-        Ok(()) => ExitCode::SUCCESS,
+    let foreground = foreground::settings();
+    config.foreground = foreground.is_some();
+    if config.foreground {
+        run::speak_through(foreground::say);
+    }
+    let outcome = run::run(config);
+    if foreground.as_ref().is_some_and(|settings| settings.temporary_home) {
+        foreground::remove_home(home);
+    }
+    match outcome {
+        Ok(Some(status)) if foreground.is_some() => {
+            ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(FAILED))
+        }
+        Ok(_) => ExitCode::SUCCESS,
         Err(error) => fail(FAILED, &error),
     }
 }
@@ -142,7 +155,6 @@ fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
 }
 
 /// The keeper has no logger: it would be the largest part of it.
-#[expect(clippy::print_stderr, reason = "the daemon's stderr is its log")]
 pub(super) fn say(text: &str) {
-    eprintln!("{text}");
+    foreground::say(text);
 }

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use super::foreground;
 use super::keep::ATTENDED;
 use crate::ipc::server;
 use crate::store::paths::Home;
@@ -36,11 +37,11 @@ pub fn supervise(args: &[OsString]) -> ExitCode {
         tracing::error!(thread = thread.name(), "panic: {panic}");
         std::process::abort();
     }));
-    let outcome = home
-        .map_err(|error| error.to_string())
-        .and_then(|home| run::run(&home, attended, server::serve).map_err(|error| error.to_string()));
+    let outcome = home.map_err(|error| error.to_string()).and_then(|home| {
+        run::run(&home, attended, foreground::settings(), server::serve).map_err(|error| error.to_string())
+    });
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             tracing::error!("{error}");
             ExitCode::FAILURE

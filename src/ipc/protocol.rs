@@ -668,6 +668,9 @@ pub struct InstanceDetail {
     pub health: Option<String>,
     /// Which promise is weaker, and why: "agent = false: …".
     pub notes: Vec<String>,
+    /// The version of Node that its process runs on.
+    #[serde(default)]
+    pub node_version: Option<String>,
 }
 
 /// What a probe heard last.

@@ -16,6 +16,7 @@ use std::ffi::{CStr, CString};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use self::upgrade::Succession;
@@ -60,6 +61,8 @@ pub struct Config {
     /// How often the service manager wants to hear of this process. A supervisor that is silent for as long is
     /// replaced.
     pub watchdog: Option<Duration>,
+    /// Whoever started this process waits for its end: it leaves nothing to another keeper.
+    pub foreground: bool,
 }
 
 impl Config {
@@ -84,6 +87,7 @@ impl Config {
             own_args: Vec::new(),
             notifier: None,
             watchdog: None,
+            foreground: false,
         }
     }
 }
@@ -114,14 +118,15 @@ const LEAVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// When the kernel refuses to carry more descriptors, polling cannot tell when it will again.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(10);
 
-/// Runs the keeper until a supervisor has said Quit and has ended. To be called before this process has other threads.
+/// Runs the keeper until a supervisor has said Quit and has ended; returns how that one ended. To be called before this
+/// process has other threads.
 ///
 /// # Errors
 /// [`Error`] when it cannot begin, or when waiting for events itself fails.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(config: Config) -> Result<Option<WaitStatus>, Error> {
     let mut keeper = Keeper::new(config)?;
     while keeper.turn()? == Turn::Again {}
-    Ok(())
+    Ok(keeper.last_status)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,6 +156,8 @@ struct Keeper {
     to_forward: Vec<i32>,
     /// A supervisor said that everything is stopped.
     quit: Option<Moment>,
+    /// How the supervisor ended that had said so.
+    last_status: Option<WaitStatus>,
     /// Told to leave; until then at most.
     leave: Option<Moment>,
     succession: Succession,
@@ -206,7 +213,7 @@ impl Keeper {
         };
         // Whoever started us may have left descriptors open.
         step("set descriptors to close on exec", fdpass::close_on_exec_from(3))?;
-        let forwarded: Vec<i32> = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP]
+        let forwarded: Vec<i32> = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGHUP]
             .into_iter()
             .filter(|&signal| !poll::is_ignored(signal))
             .collect();
@@ -239,6 +246,7 @@ impl Keeper {
             terminate: None,
             to_forward: Vec::new(),
             quit: None,
+            last_status: None,
             leave: None,
             succession: Succession::default(),
             ping: config.watchdog.and(config.notifier.as_ref()).map(|_| started),
@@ -516,6 +524,7 @@ impl Keeper {
     fn bury(&mut self, pid: u32, status: WaitStatus, lived: Duration, reason: String, now: Moment) {
         self.children.forget_what_was_told();
         if self.quit.is_some() {
+            self.last_status = Some(status);
             return;
         }
         let words = if reason.is_empty() { status.to_string() } else { reason.clone() };
@@ -539,8 +548,8 @@ impl Keeper {
             if arrived.signal == libc::SIGCHLD {
                 ended.push(arrived.pid);
             } else if arrived.signal == LEAVE_SIGNAL {
-                // Whoever is to end cannot leave things to others.
-                if self.terminate.is_none() && self.quit.is_none() {
+                // Whoever is to end cannot leave things to others, nor whoever is waited for.
+                if self.terminate.is_none() && self.quit.is_none() && !self.config.foreground {
                     self.leave.get_or_insert(clock::now() + LEAVE_TIMEOUT);
                 }
             } else if self.forwarded.contains(&arrived.signal) {
@@ -780,8 +789,19 @@ enum Patience {
     Everything,
 }
 
+/// How a line is said where stderr has a form of its own. Must not wait.
+static VOICE: OnceLock<fn(&str)> = OnceLock::new();
+
+/// Lets this function say what there is to say; the first one that is set stays.
+pub fn speak_through(voice: fn(&str)) {
+    VOICE.get_or_init(|| voice);
+}
+
 /// A line on stderr, for the rare case that somebody has to look. Dropped when it would have to wait for a reader.
 fn say(text: &str) {
+    if let Some(voice) = VOICE.get() {
+        return voice(text);
+    }
     let mut stderr = io::stderr();
     let ready = poll::wait(&[(stderr.as_fd(), Interest::Write)], Some(Duration::ZERO));
     if ready.is_ok_and(|ready| ready[0]) {

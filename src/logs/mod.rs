@@ -8,6 +8,7 @@
 //! Never: memory that grows with what an app writes, an app that stops because its disk is full, a driver that waits
 //! for a disk.
 
+pub mod console;
 pub mod line;
 pub mod naming;
 pub mod pump;

@@ -29,6 +29,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use nix::unistd::read;
 
+use super::console::{Lines, Tap};
 use super::line::{Company, Framing, Now};
 use super::recent::{Recent, Stream};
 use super::stamp::Stamp;
@@ -109,6 +110,7 @@ pub struct Attachment {
 }
 
 enum Order {
+    Print(InstanceId, Box<Tap>),
     Attach(Box<Attachment>, Origin, Arc<Mutex<Recent>>),
     Finish(InstanceId),
     Detach(InstanceId),
@@ -163,6 +165,7 @@ pub fn spawn(on_event: impl FnMut(LogEvent) + Send + 'static) -> io::Result<LogH
         streams: HashMap::new(),
         next_key: 0,
         writers: HashMap::new(),
+        taps: HashMap::new(),
         next_writer: 0,
         holding: Vec::new(),
         chunk: vec![0; CHUNK],
@@ -203,6 +206,11 @@ impl LogHandle {
         let recent = Arc::clone(lock(&self.shared.recent).entry(attachment.id.clone()).or_default());
         self.order(Order::Attach(Box::new(attachment), origin, recent));
         Ok(())
+    }
+
+    /// Prints what the instance writes, too, from its next attachment on.
+    pub fn print(&self, id: InstanceId, tap: Tap) {
+        self.order(Order::Print(id, Box::new(tap)));
     }
 
     /// The instance's processes are gone: reads its pipes to their end, writes the last unfinished line, closes
@@ -314,6 +322,7 @@ struct Source {
     framing: Framing,
     recent: Arc<Mutex<Recent>>,
     watch: Option<Box<Watch>>,
+    console: Option<Box<Lines>>,
 }
 
 struct SharedWriter {
@@ -329,6 +338,8 @@ struct Pump {
     streams: HashMap<u64, Source>,
     next_key: u64,
     writers: HashMap<u64, SharedWriter>,
+    /// Of instances that are about to be attached.
+    taps: HashMap<InstanceId, Tap>,
     next_writer: u64,
     /// Streams that hold an unfinished line; usually none, and then the loop sleeps without a timeout.
     holding: Vec<u64>,
@@ -386,6 +397,7 @@ impl Pump {
                 Ok(Order::Attach(attachment, origin, recent)) => {
                     self.attach(*attachment, origin, &recent, now);
                 }
+                Ok(Order::Print(id, tap)) => drop(self.taps.insert(id, *tap)),
                 Ok(Order::Finish(id)) => {
                     for key in self.streams_of(&id) {
                         self.drain(key, now);
@@ -421,6 +433,7 @@ impl Pump {
 
     fn attach(&mut self, attachment: Attachment, origin: Origin, recent: &Arc<Mutex<Recent>>, now: Now) {
         let Attachment { id, out, err, stamp, mark, watch } = attachment;
+        let tap = self.taps.remove(&id);
         let pipes =
             [(Stream::Out, out), (Stream::Err, err)].into_iter().filter_map(|(s, pipe)| Some((s, pipe?)));
         for (stream, Pipe { fd, target }) in pipes {
@@ -461,7 +474,8 @@ impl Pump {
             }
             let framing = Framing::new(key, stamp.clone(), mark.clone());
             let (recent, watch) = (Arc::clone(recent), watch.clone().map(Box::new));
-            let source = Source { id: id.clone(), fd, stream, writer, framing, recent, watch };
+            let console = tap.clone().map(|tap| Box::new(Lines::new(tap, stream)));
+            let source = Source { id: id.clone(), fd, stream, writer, framing, recent, watch, console };
             self.streams.insert(key, source);
             self.report(writer);
         }
@@ -490,6 +504,9 @@ impl Pump {
             if watch.is_over() {
                 source.watch = None;
             }
+        }
+        if let Some(console) = &mut source.console {
+            console.feed(chunk, now.wall);
         }
         let Some(number) = source.writer else { return count };
         let Some(shared) = self.writers.get_mut(&number) else { return count };
@@ -543,7 +560,10 @@ impl Pump {
     fn close(&mut self, key: u64, now: Now) {
         self.flush(key, now);
         self.holding.retain(|&other| other != key);
-        let Some(source) = self.streams.remove(&key) else { return };
+        let Some(mut source) = self.streams.remove(&key) else { return };
+        if let Some(console) = &mut source.console {
+            console.finish(now.wall);
+        }
         // Closing is not enough: the keeper has the same open file description, which would stay registered.
         let _ = self.epoll.delete(source.fd.as_fd());
         let Some(number) = source.writer else { return };

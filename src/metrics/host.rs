@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::unistd::{SysconfVar, sysconf};
 
 use crate::model::moment::Moment;
-use crate::sys::procfs;
+use crate::sys::{cpus, procfs};
 
 /// CPU use is told over at least this time, so that two quick looks do not show a single tick.
 const WINDOW: Duration = Duration::from_secs(1);
@@ -83,8 +83,7 @@ impl HostSampler {
 /// what `instances = "max"` means.
 #[must_use]
 pub fn available_cpus() -> usize {
-    // The standard library reads both, for cgroup v1 and v2.
-    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    cpus::available()
 }
 
 /// Cores that are online, whoever may use them.

@@ -7,6 +7,7 @@ pub mod address;
 pub mod difference;
 pub mod exit;
 pub mod figures;
+pub mod foreground;
 pub mod id;
 pub mod moment;
 pub mod saved;

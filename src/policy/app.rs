@@ -318,10 +318,12 @@ impl App {
                     }
                 }
                 Some(Desired::Stopped) => {
+                    let runs = self.slots.get(&slot).is_some_and(SlotState::has_live);
                     self.take_down(slot, shared);
                     if let Some(state) = self.slots.get_mut(&slot) {
-                        // What it was done with when it ended by itself stays known.
-                        if state.rest != Rest::Stopped || !state.runs.is_empty() {
+                        // What it was done with when it ended by itself stays known, also while what it left behind is
+                        // still going.
+                        if state.rest != Rest::Stopped || runs {
                             (state.rest, state.ended) = (Rest::Stopped, None);
                         }
                         state.gated = false;

@@ -1,11 +1,12 @@
 //! The end of the daemon's work: `pm kill` forgets everything, SIGTERM nothing. Both take everything down by the ladder.
 
-use crate::model::id::{AppName, OpId};
+use crate::model::id::{AppName, InstanceId, OpId};
 
 use super::app::App;
 use super::fleet::Fleet;
 use super::ledger::After;
 use super::operation::SHUTDOWN;
+use super::stop::Heard;
 use super::vocabulary::{Action, AppOutcome, Outcome};
 use super::wanted::Change;
 /// The end of the daemon's work.
@@ -69,6 +70,20 @@ impl Fleet {
             ending.unsaved = error.map(str::to_owned);
         }
         self.touched.extend(self.apps.keys().cloned());
+    }
+
+    /// SIGKILL to everything that is on its way down.
+    pub(super) fn hurry(&mut self) {
+        let ending = self.shared.ending;
+        for app in self.apps.values_mut() {
+            let ids: Vec<InstanceId> =
+                app.runs().filter(|run| run.ladder().is_some()).map(|run| run.id.clone()).collect();
+            for id in ids {
+                app.hear(&id, Heard::Hurried, &mut self.shared);
+            }
+            app.flush_steps(&mut self.shared);
+            app.refresh(ending);
+        }
     }
 
     pub(super) fn end_if_down(&mut self) {

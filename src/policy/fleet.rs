@@ -77,6 +77,8 @@ pub struct Fleet {
     /// The state on disk is older than the one in memory.
     pub(super) unsaved: bool,
     pub(super) changed: u64,
+    /// Nothing that goes down is waited for any more.
+    pub(super) hurried: bool,
 }
 
 impl Fleet {
@@ -111,6 +113,7 @@ impl Fleet {
             write_again: None,
             unsaved: false,
             changed: 0,
+            hurried: false,
         }
     }
 
@@ -316,6 +319,7 @@ impl Fleet {
                 self.after_save(pending, None);
             }
             Event::SaveFailed { save, error } => self.save_failed(save, &error),
+            Event::Hurried => self.hurried = true,
             Event::DeadlineReached => {}
         }
     }
@@ -385,6 +389,9 @@ impl Fleet {
             }
         }
         self.launch_queued();
+        if self.hurried {
+            self.hurry();
+        }
         self.end_if_down();
         self.begin_save();
         self.changed += 1;

@@ -10,6 +10,7 @@ mod batch;
 mod depends;
 mod ending;
 mod ends;
+pub mod finished;
 pub mod fleet;
 mod health;
 mod hooks;

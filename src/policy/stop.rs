@@ -116,6 +116,8 @@ pub(super) enum Heard {
     ChannelClosed,
     /// The rung's time is over.
     TimeOver,
+    /// Nobody waits any longer.
+    Hurried,
 }
 
 impl Ladder {
@@ -287,6 +289,20 @@ impl Run {
     pub(super) fn heard(&mut self, now: Moment, heard: Heard, descent: &mut Descent) {
         let Phase::Stopping(ladder) = &mut self.phase else { return };
         let towards = match (&ladder.rung, heard) {
+            (Rung::Killed, Heard::Hurried) => return,
+            (Rung::AwaitingSpawn, Heard::Hurried) => {
+                // There is nobody to kill yet.
+                ladder.grace = Duration::ZERO;
+                return;
+            }
+            (
+                Rung::Settling { .. }
+                | Rung::Asking { .. }
+                | Rung::Draining { .. }
+                | Rung::Disconnecting { .. }
+                | Rung::Signalled { .. },
+                Heard::Hurried,
+            ) => Towards::Kill,
             (Rung::AwaitingSpawn, Heard::Spawned) => Towards::Signal,
             (Rung::Settling { .. }, Heard::Settled | Heard::TimeOver) => Towards::Ask,
             (Rung::Asking { .. }, Heard::KillListeners(count)) => {

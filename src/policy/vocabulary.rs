@@ -148,6 +148,9 @@ pub enum Event {
         /// What went wrong, for people.
         error: String,
     },
+    /// Who ends the daemon will not wait any longer: what is on its way down is ended by force, and so is what begins
+    /// to go down from now on.
+    Hurried,
     /// `next_deadline()` has been reached.
     DeadlineReached,
 }

@@ -1,5 +1,6 @@
 //! What is on disk: paths and the saved state.
 
+pub mod container;
 pub mod env_file;
 pub mod environment;
 pub mod events;

@@ -15,6 +15,8 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{Uid, User};
 
+use super::container;
+
 /// The longest path that fits into a `sockaddr_un` with its final zero (unix(7)), in bytes.
 pub const SOCKET_PATH_MAX: usize = 107;
 
@@ -104,8 +106,9 @@ impl Home {
         Ok(Self { dir })
     }
 
-    /// The home to use: `--home`, else PM_HOME, else `/var/lib/pm` for root, else `~/.pm` from the passwd entry
-    /// (`HOME` is not asked: under sudo it is somebody else's).
+    /// The home to use: `--home`, else PM_HOME, else that of the daemon this container was started for (`pm run`), else
+    /// `/var/lib/pm` for root, else `~/.pm` from the passwd entry (`HOME` is not asked: under sudo it is somebody
+    /// else's).
     ///
     /// # Errors
     /// There is no such user, or no current directory for a relative path.
@@ -115,6 +118,9 @@ impl Home {
         }
         if let Some(dir) = pm_home.filter(|dir| !dir.is_empty()) {
             return Self::at(Path::new(dir));
+        }
+        if let Some(dir) = container::home_of_container() {
+            return Self::at(&dir);
         }
         let uid = Uid::effective();
         if uid.is_root() {
@@ -219,6 +225,18 @@ impl Home {
     #[must_use]
     pub fn state(&self) -> PathBuf {
         self.dir.join("state.json")
+    }
+
+    /// The desired state before the present one.
+    #[must_use]
+    pub fn state_before(&self) -> PathBuf {
+        self.dir.join("state.json.prev")
+    }
+
+    /// What `pm run` wants to have started, until that is part of the state.
+    #[must_use]
+    pub fn first(&self) -> PathBuf {
+        self.dir.join("first.json")
     }
 
     /// What has happened, one JSON object per line; see `store::events`.

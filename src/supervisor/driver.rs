@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 
 use super::figures::{Surveys, Then};
+use super::foreground::{FIRST_OP, Front, Wish};
 use super::handle::{Ask, Replies};
 use super::journal::Journal;
 use super::launch::{self, configured_environment};
@@ -33,7 +34,7 @@ use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
 use super::saver::{SaveDone, Saver};
 use super::shells::Shells;
-use super::upgrade::{Examined, PM_VERSION, Subject, Then as UpgradeThen, Upgrades, Wish};
+use super::upgrade::{Examined, PM_VERSION, Subject, Then as UpgradeThen, Upgrades, Wish as UpgradeWish};
 use super::variables::Variables;
 use super::world::World;
 use crate::dispatch::DispatchEvent;
@@ -162,13 +163,20 @@ pub struct Driver {
     home: Home,
     keeper_wire: u16,
     inputs: mpsc::UnboundedSender<Input>,
+    /// Somebody waits for this daemon's end.
+    front: Option<Front>,
 }
 
 /// How a driver's life ends.
 #[derive(Debug)]
 pub enum Ended {
     /// Everything is down.
-    Quit(Box<World>),
+    Quit {
+        /// As it is.
+        world: Box<World>,
+        /// The exit code of the daemon.
+        code: u8,
+    },
     /// Another program follows.
     Replaced {
         /// As it is.
@@ -222,6 +230,8 @@ pub struct Parts {
     pub keeper_wire: u16,
     /// Where what happens arrives.
     pub inputs: mpsc::UnboundedSender<Input>,
+    /// Somebody waits for this daemon's end.
+    pub front: Option<Front>,
 }
 
 impl Driver {
@@ -244,6 +254,7 @@ impl Driver {
             home,
             keeper_wire,
             inputs,
+            front,
         } = parts;
         Self {
             fleet,
@@ -270,6 +281,7 @@ impl Driver {
             home,
             keeper_wire,
             inputs,
+            front,
         }
     }
 
@@ -285,7 +297,10 @@ impl Driver {
         terminate: Option<i32>,
     ) -> Result<Ended, DriverError> {
         match self.turns(first, &mut inputs, asks, terminate).await {
-            Ok(()) if self.quitting => Ok(Ended::Quit(Box::new(self.world))),
+            Ok(()) if self.quitting => {
+                let code = self.front.as_ref().map_or(0, Front::code);
+                Ok(Ended::Quit { world: Box::new(self.world), code })
+            }
             Ok(()) => {
                 Ok(Ended::Replaced { world: Box::new(self.world), inputs, terminated: self.terminated })
             }
@@ -312,6 +327,7 @@ impl Driver {
         if let Some(signal) = terminate {
             self.terminate(signal);
         }
+        self.begin();
         self.settle();
         if let Some(text) = self.notices.up(self.world.keeper_pid(), &status_of(&self.fleet)) {
             self.world.notify(text);
@@ -372,6 +388,33 @@ impl Driver {
         Ok(())
     }
 
+    /// Does what a daemon in the foreground was started for.
+    fn begin(&mut self) {
+        let first = self.front.as_ref().filter(|front| front.is_open()).map(Front::first_requests);
+        for request in first.unwrap_or_default() {
+            let (replies, _) = mpsc::unbounded_channel();
+            if let Err(refused) = self.answer(FIRST_OP, request, &replies) {
+                if let Some(front) = &mut self.front {
+                    front.refused(&refused);
+                }
+                return self.turn(Event::Asked { op: OWN_OP, command: Command::Terminate });
+            }
+        }
+    }
+
+    /// A daemon in the foreground ends with its apps.
+    fn end_with_apps(&mut self) {
+        let Some(front) = self.front.as_mut().filter(|front| front.is_open()) else { return };
+        // What waits for the disk may start something.
+        if !self.held.is_empty() {
+            return;
+        }
+        if let Some(finished) = self.fleet.finished() {
+            front.finished(clock::now(), &finished);
+            self.raised.push_back(Event::Asked { op: OWN_OP, command: Command::Terminate });
+        }
+    }
+
     fn give_notice(&mut self) {
         let Self { fleet, notices, world, .. } = self;
         let due = notices.due(clock::now(), fleet.changed(), || status_of(fleet));
@@ -394,6 +437,7 @@ impl Driver {
     /// because a supervisor that dies in between must not have done to a process what the next one cannot know of.
     fn settle(&mut self) {
         loop {
+            self.end_with_apps();
             while let Some(event) = self.raised.pop_front() {
                 self.turn(event);
             }
@@ -422,6 +466,9 @@ impl Driver {
     fn note_news(&mut self) {
         for news in self.fleet.take_news() {
             let asked = if news.op.is_none() { self.operations.about(&news.app) } else { None };
+            if let Some(front) = &mut self.front {
+                front.heard(&news);
+            }
             self.journal.news(news, asked);
         }
     }
@@ -483,6 +530,9 @@ impl Driver {
             let Some((save, actions)) = self.held.pop_front() else { return };
             match &done.result {
                 Ok(()) => {
+                    if let Some(front) = &self.front {
+                        front.saved();
+                    }
                     let fleet = &self.fleet;
                     self.shells.retain(|app| fleet.knows(app));
                     self.world.retain(|app| fleet.knows(app));
@@ -499,6 +549,12 @@ impl Driver {
 
     fn end(&mut self, op: OpId, outcome: Outcome) {
         self.shells.ended(op, &outcome);
+        if op == FIRST_OP
+            && let Some(front) = &mut self.front
+            && !front.started(&outcome, !self.fleet.saved().apps.is_empty())
+        {
+            self.raised.push_back(Event::Asked { op: OWN_OP, command: Command::Terminate });
+        }
         if op != OWN_OP {
             self.unsaid.push((op, outcome, clock::now() + LAST_WORDS));
         }
@@ -538,6 +594,16 @@ impl Driver {
     }
 
     fn terminate(&mut self, signal: i32) {
+        let wish = self.front.as_mut().map_or(Wish::End, |front| front.signalled(clock::now(), signal));
+        match (wish, &self.front) {
+            (Wish::Reload, Some(front)) => return front.reload(),
+            (Wish::EndNow, _) => {
+                tracing::warn!(signal, "asked to end once more: what is left is killed");
+                return self.turn(Event::Hurried);
+            }
+            (Wish::Nothing, _) => return,
+            (Wish::End | Wish::Reload, _) => {}
+        }
         tracing::info!(signal, "asked to end");
         self.journal.daemon(clock::now(), "daemon_ending", serde_json::json!({ "signal": signal }));
         self.terminated = Some(signal);
@@ -689,7 +755,7 @@ impl Driver {
                 self.command(op, Command::Reset { selection }, replies);
             }
             Request::Upgrade { program, supervisor_only, check } => {
-                self.upgrade(op, Wish { program, supervisor_only, check }, replies)?;
+                self.upgrade(op, UpgradeWish { program, supervisor_only, check }, replies)?;
             }
             Request::UpgradeOutcome { op } => self.upgrades.outcome(op, replies),
             Request::Save => {
@@ -758,7 +824,7 @@ impl Driver {
         Ok(Answer::EnvDiff { app, changes })
     }
 
-    fn upgrade(&mut self, op: OpId, wish: Wish, replies: &Replies) -> Result<(), Refused> {
+    fn upgrade(&mut self, op: OpId, wish: UpgradeWish, replies: &Replies) -> Result<(), Refused> {
         if self.terminated.is_some() || self.quitting {
             return Err(Refused {
                 code: 5,
@@ -957,6 +1023,9 @@ impl Driver {
         specs
             .into_iter()
             .map(|mut spec| {
+                if self.front.is_some() {
+                    Front::lead(&mut spec);
+                }
                 if spec.logs.merge.is_none() {
                     let known = self.fleet.app(&spec.name).and_then(|view| view.spec.logs.merge);
                     spec.logs.merge = Some(known.unwrap_or_else(|| is_merged(&spec)));

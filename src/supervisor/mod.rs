@@ -9,6 +9,7 @@ mod details;
 pub mod driver;
 mod figures;
 mod fnv;
+pub mod foreground;
 pub mod handle;
 pub mod jlist;
 pub mod journal;

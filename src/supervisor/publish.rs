@@ -369,6 +369,7 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
         probe: slot.probe.as_ref().map(|heard| probe_view(heard, now)),
         health: current_health(slot).map(|health| health_word(health).to_owned()),
         notes: notes(slot),
+        node_version: slot.node_version.clone(),
     }
 }
 

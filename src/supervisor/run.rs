@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::blob_memory::{BlobMemory, HALVES};
 use super::driver::{Driver, DriverError, Ended, Input, Parts};
+use super::foreground::{self, Front};
 use super::handle::{Ask, SupervisorHandle};
 use super::journal::Journal;
 use super::listeners::Listeners;
@@ -32,6 +33,7 @@ use crate::ipc::protocol::{Refused, Reply};
 use crate::keeper::link::{Inventory, Link, LinkError};
 use crate::keeper::wire::{Hello, ToKeeper};
 use crate::metrics::host::available_cpus;
+use crate::model::foreground::Foreground;
 use crate::model::saved::{Memo, SavedFleet};
 use crate::model::signal::Signal;
 use crate::policy::fleet::{Fleet, Settings};
@@ -83,15 +85,17 @@ fn step(step: &'static str) -> impl Fn(io::Error) -> RunError {
     move |source| RunError::Io { step, source }
 }
 
-/// Runs a supervisor until the daemon is told to end. `serve` accepts commands on the socket.
+/// Runs a supervisor until the daemon is told to end, or has nothing left to do in the foreground; returns the daemon's
+/// exit code. `serve` accepts commands on the socket.
 ///
 /// # Errors
 /// When something that it cannot do without fails; the keeper starts the next one then.
 pub fn run<S>(
     home: &Home,
     attended: Attended,
+    foreground: Option<Foreground>,
     serve: impl FnOnce(Listener, SupervisorHandle) -> S,
-) -> Result<(), RunError>
+) -> Result<u8, RunError>
 where
     S: Future<Output = ()> + Send + 'static,
 {
@@ -103,16 +107,22 @@ where
         .enable_all()
         .build()
         .map_err(step("start the runtime"))?;
-    runtime.block_on(supervise(home, attended, link, inventory, serve))
+    runtime.block_on(supervise(home, Manner { attended, foreground }, link, inventory, serve))
+}
+
+/// How the daemon was started.
+struct Manner {
+    attended: Attended,
+    foreground: Option<Foreground>,
 }
 
 async fn supervise<S>(
     home: &Home,
-    attended: Attended,
+    Manner { attended, foreground }: Manner,
     link: Link,
     inventory: Inventory,
     serve: impl FnOnce(Listener, SupervisorHandle) -> S,
-) -> Result<(), RunError>
+) -> Result<u8, RunError>
 where
     S: Future<Output = ()> + Send + 'static,
 {
@@ -175,6 +185,11 @@ where
         inputs: inputs_tx.clone(),
         link,
         blob,
+        console: foreground
+            .as_ref()
+            .map(foreground::console)
+            .transpose()
+            .map_err(step("print on its own output"))?,
     };
     let logs = tools.logs.clone();
     let mut world = World::new(tools);
@@ -222,27 +237,33 @@ where
         home: home.clone(),
         keeper_wire: hello.version,
         inputs: inputs_tx.clone(),
+        front: foreground.clone().map(|settings| Front::new(settings, home.clone())),
     });
     let server = tokio::spawn(serve(listener, handle.clone()));
     tracing::info!(pid = std::process::id(), home = %home.dir().display(), "supervisor is up");
-    let world = match driver.run(first, inputs_rx, asks_rx, hello.terminate).await? {
-        Ended::Quit(world) => world,
+    let (world, code) = match driver.run(first, inputs_rx, asks_rx, hello.terminate).await? {
+        Ended::Quit { world, code } => (world, code),
         Ended::Replaced { world, inputs, terminated } => {
             server.abort();
             let _ = server.await;
             let Some((world, inputs)) = takeover::make_way(world, inputs).await? else {
                 tracing::info!("replaced by the next version");
-                return Ok(());
+                return Ok(0);
             };
             let hello = Hello { terminate: terminated.or(hello.terminate), ..hello };
-            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await;
+            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await.map(|()| 0);
         }
         Ended::Orphaned { world, inputs, terminated } => {
             // Who connects from now on waits for the next supervisor.
             server.abort();
             let _ = server.await;
-            let hello = Hello { terminate: terminated.or(hello.terminate), ..hello };
-            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await;
+            let mut hello = Hello { terminate: terminated.or(hello.terminate), ..hello };
+            let mut attended = attended;
+            if foreground.is_some() {
+                // Nobody is going to start another one.
+                (hello, attended) = (foreground::bequeath(hello), Attended::No);
+            }
+            return takeover::pass_on(home, attended, world.into_remains(hello), inputs).await.map(|()| 0);
         }
     };
     server.abort();
@@ -255,7 +276,7 @@ where
     // the keeper knows: a supervisor started anew would be behind a socket that nobody can find.
     let _ = fs::remove_file(home.sock());
     tracing::info!("daemon ends");
-    Ok(())
+    Ok(code)
 }
 
 /// Without knowing what is wanted nothing may be started, and nothing ended: what runs goes on, and whoever asks is told

@@ -37,6 +37,7 @@ use crate::dispatch::{
 use crate::keeper::link::{Inventory, Link, LinkError};
 use crate::keeper::mirror::Sought;
 use crate::keeper::wire::{FromKeeper, HeldFds, Hello, ToKeeper};
+use crate::logs::console::Console;
 use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{LogEvent, LogHandle};
 use crate::model::exit::ExitReason;
@@ -166,6 +167,8 @@ pub struct World {
     hooks: HookProcesses,
     /// The keeper has said that another one follows.
     successor_announced: bool,
+    /// Our own output, where lines of apps go to it.
+    console: Option<Console>,
 }
 
 /// What a world is made of.
@@ -193,6 +196,8 @@ pub struct Tools {
     pub listeners: Listeners,
     /// For the next supervisor.
     pub blob: BlobMemory,
+    /// Our own output, where lines of apps go to it.
+    pub console: Option<Console>,
 }
 
 /// What the fleet hears at once of a start.
@@ -210,8 +215,20 @@ impl World {
     /// A world without any run.
     #[must_use]
     pub fn new(tools: Tools) -> Self {
-        let Tools { link, keeper_pid, home, agent, username, inputs, dispatch, logs, trees, listeners, blob } =
-            tools;
+        let Tools {
+            link,
+            keeper_pid,
+            home,
+            agent,
+            username,
+            inputs,
+            dispatch,
+            logs,
+            trees,
+            listeners,
+            blob,
+            console,
+        } = tools;
         Self {
             link,
             keeper_pid,
@@ -242,6 +259,7 @@ impl World {
             probes: Probes::default(),
             hooks: HookProcesses::default(),
             successor_announced: false,
+            console,
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod child;
 pub mod clock;
+pub mod cpus;
 pub mod exec;
 pub mod fdpass;
 pub mod helper;

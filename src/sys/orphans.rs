@@ -1,8 +1,10 @@
 //! Processes that an earlier daemon left behind when it and its supervisor were killed together: nobody is their
 //! parent any more, but the token in their environment tells whose they are.
 
+use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::procfs::{self, ProcessId, Procfs};
@@ -22,13 +24,16 @@ pub struct Orphan {
 /// Scans that may find something new after SIGKILL: a process that forks faster than we look is not waited for.
 const SCANS_MAX: u32 = 20;
 
-/// Finds living processes whose token is wanted. Never finds this process or one that it descends from.
+/// Finds living processes whose token is wanted. Never finds this process or one that it descends from, nor one of another
+/// pid namespace: homes of the same name in several containers are different homes, and nothing that a daemon left
+/// behind can have moved to another namespace.
 ///
 /// # Errors
 /// /proc cannot be read.
 pub fn find(wanted: &dyn Fn(&str) -> bool) -> io::Result<Vec<Orphan>> {
     let mut procfs = Procfs::new();
     let ours = ancestors(&mut procfs)?;
+    let own_namespace = pid_namespace("self");
     let mut pids = Vec::new();
     procfs::all_pids(&mut pids)?;
     let mut found = Vec::new();
@@ -38,7 +43,7 @@ pub fn find(wanted: &dyn Fn(&str) -> bool) -> io::Result<Vec<Orphan>> {
         }
         // A process that ends while we look, or that is not ours to look at, is none of them.
         let Ok(Some(token)) = procfs.environ(pid, TOKEN_VARIABLE) else { continue };
-        if !wanted(&token) {
+        if !wanted(&token) || pid_namespace(&pid.to_string()) != own_namespace {
             continue;
         }
         if let Ok(Some(stat)) = procfs.stat(pid)
@@ -48,6 +53,11 @@ pub fn find(wanted: &dyn Fn(&str) -> bool) -> io::Result<Vec<Orphan>> {
         }
     }
     Ok(found)
+}
+
+/// Which pid namespace a process is in; `None` where the kernel has none, or it is not ours to look at.
+fn pid_namespace(pid: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/ns/pid")).ok()
 }
 
 fn ancestors(procfs: &mut Procfs) -> io::Result<Vec<i32>> {

@@ -368,6 +368,7 @@ fn detail() -> InstanceDetail {
         probe: None,
         health: None,
         notes: vec!["agent = false: idle keep-alive connections may be cut".to_owned()],
+        node_version: Some("20.19.2".to_owned()),
     }
 }
 

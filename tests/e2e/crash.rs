@@ -128,7 +128,7 @@ fn logs_go_on_over_the_death_of_the_supervisor() {
 }
 
 #[test]
-fn a_stopped_app_stays_stopped_and_a_stop_works_after_the_supervisor_died() {
+fn pain_20_a_stop_is_remembered_over_the_death_of_the_supervisor() {
     let home = Home::new();
     home.start(
         "[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n\

@@ -175,7 +175,7 @@ fn daemon_in_the_foreground_stays_there_and_sigterm_remembers_what_ran() {
 }
 
 #[test]
-fn after_the_machine_went_down_apps_are_restored_as_desired_and_none_runs_twice() {
+fn pain_20_after_a_reboot_apps_are_running_or_stopped_as_desired_and_none_runs_twice() {
     let home = Home::new();
     home.start(SLEEPER);
     home.ok(&["start", "sleep", "--name", "resting", "--", "1000"]);

@@ -118,7 +118,7 @@ fn a_post_stop_runs_when_everything_is_gone_and_its_failure_is_told() {
 }
 
 #[test]
-fn on_errored_is_told_which_instance_and_why() {
+fn pain_25_on_errored_is_told_which_instance_and_why() {
     let home = Home::new();
     home.write("hook.sh", HOOK);
     home.write("app.sh", "exit 6\n");

@@ -35,6 +35,7 @@ mod probes;
 mod ready;
 mod reload;
 mod restart_policy;
+mod run;
 mod save_resurrect;
 mod serve;
 mod sockets;

@@ -1,5 +1,8 @@
 //! Reload: nothing is lost, and a bad release never replaces a good one.
 
+use std::collections::BTreeSet;
+
+use super::support::home::Running;
 use super::support::load::{self, Connections, Load};
 use super::support::node::{self, Node};
 use super::support::{Home, PATIENT, SOON, fixture, free_port, millis, process, secs, stays, wait_until};
@@ -551,4 +554,76 @@ fn pain_31_reload_prints_json_lines_for_programs_and_plain_lines_in_a_pipe() {
         .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
         .collect();
     assert!(lines.len() >= 2, "steps as they happen, the result last: {run:?}");
+}
+
+#[test]
+fn pain_37_a_rolling_reload_from_one_node_to_another_loses_nothing_while_both_serve() {
+    let home = Home::alone();
+    let (port, from, to) = (free_port(), Node::installed(), Node::other());
+    let file = |node: &Node| {
+        format!(
+            "[[apps]]\nname = 'web'\nscript = '{}'\ninterpreter = '{}'\ninstances = 2\nmin_healthy = '3s'\n[apps.env]\nPORT = '{port}'\n",
+            fixture("web-textbook.js"),
+            node.binary
+        )
+    };
+    home.start(&file(&from));
+    let load = Load::start(port, 8, Connections::OnePerRequest);
+    load.more(300);
+    home.ecosystem(&file(&to));
+    let reload = Running::start(home.command(&["reload", "ecosystem.toml"]), b"");
+    // Both versions in the table at once, each with its own number.
+    let bare = |node: &Node| node.version.trim_start_matches('v').to_owned();
+    let versions = || -> BTreeSet<String> {
+        home.rows_of("web")
+            .iter()
+            .map(|row| row.env("node_version").as_str().unwrap_or_default().to_owned())
+            .collect()
+    };
+    wait_until("both generations serve", PATIENT, || {
+        let seen = versions();
+        if seen == BTreeSet::from([bare(&from), bare(&to)]) { Ok(()) } else { Err(seen) }
+    });
+    let done = reload.end(PATIENT);
+    assert_eq!(done.code, 0, "{done:#?}");
+    load.more(300);
+    load.stop().lost_nothing(1000);
+    assert_eq!(versions(), BTreeSet::from([bare(&to)]));
+    home.ok(&["describe", "web"]).says("node version").says(&bare(&to));
+}
+
+#[test]
+fn pain_37_the_interpreter_is_looked_for_anew_at_each_spawn() {
+    let home = Home::new();
+    let (from, to) = (Node::installed(), Node::other());
+    // As a version manager does it: a directory in PATH whose link moves.
+    let link = |node: &Node| {
+        let path = home.work().join("bin/node");
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let _ = std::fs::remove_file(&path);
+        std::os::unix::fs::symlink(&node.binary, path).unwrap();
+    };
+    link(&from);
+    home.write(
+        "app.js",
+        "require('fs').appendFileSync('seen', process.version + '\\n'); setInterval(() => {}, 1000);",
+    );
+    home.start(&format!(
+        "[[apps]]\nname = 'app'\nscript = 'app.js'\n[apps.env]\nPATH = '{}:/usr/bin:/bin'\n",
+        home.work_file("bin")
+    ));
+    home.file_with("seen", &from.version);
+    link(&to);
+    crate::support::process::end(home.pid("app"));
+    home.file_with("seen", &to.version);
+    link(&from);
+    home.ok(&["restart", "app"]);
+    wait_until("it is back", PATIENT, || {
+        let seen = home.read("seen");
+        if seen.lines().count() == 3 && seen.ends_with(&format!("{}\n", from.version)) {
+            Ok(())
+        } else {
+            Err(seen)
+        }
+    });
 }

@@ -29,7 +29,7 @@ fn start_failing(home: &Home, keys: &str) {
 }
 
 #[test]
-fn the_first_restart_comes_at_once_and_later_ones_back_off() {
+fn pain_25_exponential_backoff_is_on_by_default() {
     let home = Home::alone();
     home.write("app.sh", &noting("exit 1"));
     start_failing(&home, "");
@@ -86,7 +86,7 @@ fn exits_before_min_uptime_do() {
 }
 
 #[test]
-fn health_resets_the_backoff() {
+fn pain_25_backoff_is_reset_after_stable_uptime() {
     let home = Home::new();
     home.write("app.sh", &noting("sleep 0.4; exit 1"));
     home.start("[[apps]]\nname = 'app'\nscript = 'app.sh'\nbackoff_reset = '200ms'\n");
@@ -195,4 +195,16 @@ fn a_killed_app_is_back_within_milliseconds() {
     wait_until("its successor runs", SOON, || if gaps(&home).len() == 1 { Ok(()) } else { Err(gaps(&home)) });
     let took = std::time::Instant::now().duration_since(killed);
     assert!(took < millis(500), "{took:?}");
+}
+
+#[test]
+fn pain_25_the_table_says_why_an_app_is_down_and_when_it_is_tried_again() {
+    let home = Home::new();
+    home.write("app.sh", &noting("exit 3"));
+    start_failing(&home, "max_restarts = 3\nexp_backoff_restart_delay = '8s'");
+    home.wait_status("app", "waiting restart");
+    let list = home.ok(&["list"]);
+    list.says("waiting restart").says("exit code 3").says("restart in");
+    home.wait_status("app", "errored");
+    home.ok(&["list"]).says("errored").says("exit code 3");
 }

@@ -46,7 +46,7 @@ fn keep(scenario: &str, dir: &str) -> ExitCode {
     }
     config.oom_score_adj = Some(world::OOM_SCORE_ADJ);
     match keeper::run(config) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}: {}", error.source);
             ExitCode::FAILURE

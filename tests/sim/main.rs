@@ -10,6 +10,7 @@
 
 mod behaviour;
 mod overlap;
+mod pains;
 mod random;
 mod rng;
 mod sabotage;

@@ -1152,3 +1152,64 @@ fn a_reboot_starts_with_the_hook_and_the_next_supervisor_does_what_is_owed() {
     assert_eq!(world.picture("api"), "0: online v1");
     assert_eq!(world.hooks_run[3..], ["pre_start"]);
 }
+
+/// The end of the first app was saved before its pipes were read, and forgotten then: nothing had ended by itself any
+/// more, and the container went on for ever.
+#[test]
+fn an_end_that_is_saved_while_something_is_left_behind_is_not_forgotten() {
+    let mut world = World::new(1);
+    world.remembers = true;
+    let like =
+        Behaviour { exits_after: Some((millis(300), 3)), leftovers_for: secs(1), ..Behaviour::default() };
+    world.files.insert(name("job"), (1, like));
+    let mut job = spec("job", Like::Plain, 1);
+    job.restart.autorestart = false;
+    world.start(job);
+    world.run_for(millis(200));
+    assert_eq!(world.exit_code(), None, "it runs");
+    world.run_for(secs(5));
+    world.check("job", "0: stopped | started");
+    assert_eq!(world.exit_code(), Some(3));
+    // The next supervisor knows it too.
+    world.supervisor_dies();
+    world.run_for(secs(5));
+    assert_eq!(world.exit_code(), Some(3));
+}
+
+#[test]
+fn nothing_has_finished_while_anything_runs_waits_or_was_only_stopped() {
+    let mut world = World::with_app("web", Like::Plain, 1);
+    assert_eq!(world.exit_code(), None);
+    world.act(Verb::Stop, "web");
+    world.run_for(secs(5));
+    assert_eq!(world.exit_code(), None, "somebody stopped it, and may start it again");
+    world.files.insert(name("bad"), (1, Behaviour::crashes_after(millis(30))));
+    world.start(spec("bad", Like::Plain, 1));
+    world.run_for(secs(3));
+    assert!(world.picture("bad").contains("waiting restart"), "{}", world.picture("bad"));
+    assert_eq!(world.exit_code(), None, "it is in backoff");
+    world.run_for(secs(300));
+    assert!(world.picture("bad").contains("errored"), "{}", world.picture("bad"));
+    assert_eq!(world.exit_code(), Some(1));
+}
+
+#[test]
+fn what_is_waited_for_no_longer_is_killed_also_when_it_begins_to_go_down_later() {
+    let mut world = World::new(1);
+    world.verbose = true;
+    for app in ["db", "web"] {
+        world.files.insert(name(app), (1, Behaviour::ignores_signals()));
+    }
+    world.start(spec("db", Like::Plain, 1));
+    let mut web = spec("web", Like::Plain, 1);
+    web.depends_on = std::collections::BTreeMap::from([(name("db"), pm::model::spec::Dependency::Started)]);
+    world.start(web);
+    world.run_for(secs(3));
+    world.ask(Command::Terminate);
+    world.run_for(secs(1));
+    assert!(!world.quit, "they have 10 s each, one after the other");
+    world.hurry();
+    world.run_for(secs(3));
+    assert!(world.quit, "db: {} web: {}", world.picture("db"), world.picture("web"));
+    world.expect_no_breach();
+}

@@ -230,6 +230,8 @@ pub(crate) struct World {
     /// Every hook that was run, and how it ended.
     pub(crate) hooks_run: Vec<String>,
     last_op: Option<OpId>,
+    /// Nobody waits for what is on its way down.
+    hurried: bool,
 }
 
 impl World {
@@ -282,6 +284,7 @@ impl World {
             hook_like: None,
             hooks_run: Vec::new(),
             last_op: None,
+            hurried: false,
         }
     }
 
@@ -381,6 +384,17 @@ impl World {
     fn rows(&self, app: &str) -> Vec<SlotView> {
         let view = self.fleet.as_ref().and_then(|fleet| fleet.app(&name(app)));
         view.map(|view| view.slots).unwrap_or_default()
+    }
+
+    /// The exit code of a daemon in the foreground, if it would end now.
+    pub(crate) fn exit_code(&self) -> Option<u8> {
+        Some(pm::policy::finished::exit_code(&self.fleet.as_ref()?.finished()?))
+    }
+
+    /// Nobody waits for what is on its way down any more.
+    pub(crate) fn hurry(&mut self) {
+        self.hurried = true;
+        self.turn(Event::Hurried);
     }
 
     pub(crate) fn healths(&self, app: &str) -> Vec<Option<Health>> {
@@ -1320,7 +1334,7 @@ impl World {
             return broken!(self, "{id} is killed although it is gone");
         };
         let early = proc.signalled_at.is_none_or(|at| now < at + millis(400)) && !proc.signal_lost;
-        if early {
+        if early && !self.hurried {
             return broken!(self, "{id} is killed without a signal and its time before");
         }
         if proc.exited.is_none() {

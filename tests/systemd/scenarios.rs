@@ -11,7 +11,10 @@ use crate::machine::{
 };
 
 pub(crate) const ALL: &[Scenario] = &[
-    ("startup_sets_up_a_unit_that_verifies_and_twice_is_the_same_as_once", startup_sets_up_a_unit),
+    (
+        "startup_sets_up_a_unit_that_verifies_and_twice_is_the_same_as_once",
+        pain_19_startup_writes_a_notify_unit_without_pid_file_that_verifies,
+    ),
     ("startup_refuses_what_it_must_not_do_and_says_what_would_work", startup_refuses),
     ("a_daemon_that_was_started_by_hand_is_taken_over_with_its_apps", by_hand_is_taken_over),
     ("kill_9_of_the_keeper_leaves_one_keeper_one_supervisor_and_the_same_app_pids", killed_keeper),
@@ -21,7 +24,10 @@ pub(crate) const ALL: &[Scenario] = &[
     ("a_stop_takes_as_long_as_the_slowest_app_may_take", slow_stop),
     ("what_a_hung_daemon_leaves_is_ended_when_a_stop_was_asked_for", hung_daemon_is_cleaned_up),
     ("a_supervisor_or_keeper_that_hangs_is_replaced_and_no_app_notices", watchdog),
-    ("fifty_apps_that_boot_with_cpu_work_all_come_up_and_ready_does_not_wait_for_them", fifty_apps),
+    (
+        "fifty_apps_that_boot_with_cpu_work_all_come_up_and_ready_does_not_wait_for_them",
+        pain_19_ready_is_sent_when_the_daemon_is_up_and_fifty_apps_are_restored_in_parallel,
+    ),
     ("credentials_of_the_unit_reach_apps", credentials),
     ("apps_do_not_inherit_what_protects_the_daemon", oom_scores),
     ("pm_kill_ends_the_unit_and_systemd_does_not_start_it_again", kill_is_final),
@@ -33,7 +39,7 @@ pub(crate) const ALL: &[Scenario] = &[
 const TWO: &str = "[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n\
                    [[apps]]\nname = 'two'\nscript = 'sh'\nargs = ['-c', 'sleep 1001; true']\ninstances = 2\n";
 
-fn startup_sets_up_a_unit() {
+fn pain_19_startup_writes_a_notify_unit_without_pid_file_that_verifies() {
     let path = "/etc/systemd/system/pm.service";
     sh("pm startup").succeeds().says("pm.service is set up").says(path).says_not("warning");
     assert_eq!(ok("systemctl is-enabled pm"), "enabled");
@@ -310,7 +316,7 @@ fn watchdog() {
     assert_eq!(unit("NRestarts"), "1");
 }
 
-fn fifty_apps() {
+fn pain_19_ready_is_sent_when_the_daemon_is_up_and_fifty_apps_are_restored_in_parallel() {
     // Each needs a good tenth of a second of CPU time before it can serve.
     write(
         "work.sh",

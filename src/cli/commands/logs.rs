@@ -40,6 +40,12 @@ pub(super) fn run(args: &Logs, context: &mut Context) -> Result<(), CliError> {
         Some(mut session) => listed(args, &mut session)?,
         None => files_of(&context.home.logs_dir(), args)?,
     };
+    if sources.is_empty() && context.session()?.is_some() && !context.json {
+        context.terminal.say(
+            "Nothing to show: these apps have no log files. Under `pm run` their output is that of the container: \
+             `docker logs`, `kubectl logs`.",
+        )?;
+    }
     let width = sources.iter().map(|source| label(source).chars().count()).max().unwrap_or(0);
     let mut printer = Printer { raw: args.raw, json: context.json, width };
     let mut followed = HashSet::new();

@@ -17,6 +17,7 @@ mod pid;
 mod ping;
 mod reload_plan;
 mod reset;
+mod run;
 mod save;
 mod scale;
 mod start;
@@ -51,6 +52,7 @@ pub fn run(command: Command, context: &mut Context) -> Result<u8, CliError> {
     let done = |()| code::DONE;
     match command {
         Command::Start(args) => start::run(*args, context).map(done),
+        Command::Run(args) => run::run(&args, context).map(done),
         Command::Stop(args) => act::without_file(Verb::Stop, args, context).map(done),
         Command::Delete(args) => act::without_file(Verb::Delete, args, context).map(done),
         Command::Restart(args) => act::with_file(Verb::Restart, args, context).map(done),

@@ -131,6 +131,9 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
         ("error log path", detail.error_file.display().to_string()),
         ("out log path", detail.out_file.display().to_string()),
     ];
+    if let Some(version) = &detail.node_version {
+        lines.push(("node version", version.clone()));
+    }
     if !row.listen.is_empty() {
         lines.push(("listens on", row.listen.join("\n")));
     }

@@ -236,12 +236,16 @@ impl World {
         let pipe = |fd: Option<OwnedFd>, path: &Path| {
             fd.map(|fd| Pipe { fd, target: Target::file(path.to_owned(), None) })
         };
+        let mark = hooks::mark(id, &spec);
+        if let Some(console) = &self.console {
+            self.logs.print(id.clone(), console.tap(id, spec.instances == 1, &mark));
+        }
         let attachment = Attachment {
             id: id.clone(),
             out: pipe(parts.out, &paths.out),
             err: pipe(parts.err, &paths.err),
             stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
-            mark: hooks::mark(id, &spec),
+            mark,
             watch: log_watch(&spec),
         };
         let attached =

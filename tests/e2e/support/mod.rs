@@ -1,6 +1,7 @@
 //! What every end-to-end test stands on: a home of its own that cleans up, waiting, processes, load, Node versions.
 
 pub(crate) mod census;
+pub(crate) mod container;
 pub(crate) mod docs;
 pub(crate) mod earlier;
 pub(crate) mod genuine;
