@@ -519,9 +519,14 @@ impl App {
         shared: &mut Shared,
         which: impl Fn(&Run) -> bool,
     ) {
-        let serving = self.serving();
         let Some(state) = self.slots.get_mut(&slot) else { return };
         state.runs.retain(|run| !(matches!(run.phase, Phase::Queued) && which(run)));
+        // Asked for every slot after every event, and mostly there is nothing to do.
+        if !state.runs.iter().any(|run| (run.is_live() || run.is_reserve()) && which(run)) {
+            return;
+        }
+        let serving = self.serving();
+        let Some(state) = self.slots.get_mut(&slot) else { return };
         let mut all = Vec::new();
         for run in state.runs.iter_mut().filter(|run| (run.is_live() || run.is_reserve()) && which(run)) {
             // Idle connections may wait only where somebody else takes what they send next.
