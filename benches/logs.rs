@@ -15,8 +15,9 @@ use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use nix::unistd::pipe2;
 use pm::logs::stamp::{DEFAULT_FORMAT, Stamp};
-use pm::logs::{Attachment, LogEvent, Pipe, Target, spawn};
+use pm::logs::{Attachment, Journal, LogEvent, Pipe, Target, spawn};
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
+use pm::model::spec::Overflow;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -116,14 +117,22 @@ fn run_pump(dir: &Path, megabytes: usize, write_size: usize, stamp: Option<Stamp
     let (read_end, write_end) = pipe2(OFlag::O_CLOEXEC)?;
     let begin = Instant::now();
     let cpu_before = own_cpu()?;
-    let logs = spawn(move |event| {
+    let logs = spawn(Journal::private()?, move |event| {
         if matches!(event, LogEvent::Drained { .. }) {
             let _ = drained_tx.send(());
         }
     })?;
     let out = Some(Pipe { fd: read_end, target: Target::file(path.clone(), None) });
     let is_raw = stamp.is_none();
-    logs.attach(Attachment { id: id.clone(), out, err: None, stamp, mark: String::new(), watch: None })?;
+    logs.attach(Attachment {
+        id: id.clone(),
+        out,
+        err: None,
+        stamp,
+        mark: String::new(),
+        overflow: Overflow::Drop,
+        watch: None,
+    })?;
     writer(megabytes, write_size, write_end.into())?.wait()?;
     logs.finish(id);
     drained_rx.recv_timeout(Duration::from_secs(60))?;

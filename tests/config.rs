@@ -20,8 +20,8 @@ use pm::config::template;
 use pm::model::id::AppName;
 use pm::model::signal::Signal;
 use pm::model::spec::{
-    AppSpec, Balance, Check, Dependency, ExecMode, KillMode, ListenAddress, OnFailure, Runtime, Share, Stdin,
-    StopMethod, Strategy,
+    AppSpec, Balance, Check, Dependency, ExecMode, KillMode, ListenAddress, OnFailure, Overflow, Runtime,
+    Share, Stdin, StopMethod, Strategy,
 };
 
 /// A directory with a few scripts and a PATH of its own, so that no test depends on what the machine has installed.
@@ -304,6 +304,7 @@ const EFFECTS: &[Effect] = &[
     ("merge_logs = true", |_, s| s.logs.merge == Some(true)),
     ("time = true", |_, s| s.logs.date_format.as_deref() == Some("YYYY-MM-DDTHH:mm:ss")),
     ("log_date_format = 'HH:mm'\ntime = true", |_, s| s.logs.date_format.as_deref() == Some("HH:mm")),
+    ("log_overflow = 'block'", |_, s| s.logs.overflow == Overflow::Block),
     ("stdin = 'null'", |_, s| s.stdin == Stdin::Null),
 ];
 

@@ -3,18 +3,21 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot set up its world has failed")]
 
 use std::fs;
-use std::io::Read as _;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use pm::logs::stamp::Stamp;
-use pm::logs::{Attachment, LogEvent, LogHandle, Pipe, Target, spawn};
+use pm::logs::{Attachment, Journal, LogEvent, LogHandle, Pipe, Target, spawn};
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
+use pm::model::spec::Overflow;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -31,7 +34,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let (events_tx, events) = channel();
-        let logs = spawn(move |event| {
+        let logs = spawn(Journal::private().unwrap(), move |event| {
             let _ = events_tx.send(event);
         })
         .unwrap();
@@ -77,6 +80,7 @@ impl World {
                 err: Some(err),
                 stamp,
                 mark: String::new(),
+                overflow: Overflow::Drop,
                 watch: None,
             })
             .unwrap();
@@ -350,6 +354,7 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
                 err: None,
                 stamp: None,
                 mark: String::new(),
+                overflow: Overflow::Drop,
                 watch: None,
             })
             .unwrap();
@@ -366,7 +371,15 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
     let path = world.path("x.log");
     let out = Some(Pipe { fd: again, target: Target::file(path, None) });
     next.logs
-        .adopt(Attachment { id: app.clone(), out, err: None, stamp: None, mark: String::new(), watch: None })
+        .adopt(Attachment {
+            id: app.clone(),
+            out,
+            err: None,
+            stamp: None,
+            mark: String::new(),
+            overflow: Overflow::Drop,
+            watch: None,
+        })
         .unwrap();
     write("third\n");
     next.finish(&app);
@@ -413,4 +426,206 @@ fn an_unread_error_stream_does_not_keep_the_process_from_writing() {
     let mut text = String::new();
     fs::File::open(world.path("x.log")).unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "through\n");
+}
+
+// A pump that is killed. --------------------------------------------------------------------------------------------
+
+/// Where the pump process finds its pipes; its journal is its standard input.
+const PUMP: &str = "PM_TEST_PUMP";
+
+/// Every way output can go: alone and shared, stamped and not, whole lines and pieces.
+const WAYS: [(&str, &str, Option<&str>, Shape); 6] = [
+    ("alone", "alone.log", None, Shape::Whole),
+    ("pieces", "pieces.log", Some("YYYY"), Shape::Pieces),
+    ("stamped", "stamped.log", Some("YYYY[!]"), Shape::Whole),
+    ("one", "shared.log", None, Shape::Pieces),
+    ("two", "shared.log", None, Shape::Whole),
+    ("three", "shared.log", None, Shape::Long),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Whole,
+    /// A line in two writes.
+    Pieces,
+    /// Lines of up to 3 KB.
+    Long,
+}
+
+fn way(app: &str) -> InstanceId {
+    id(app, 0, 1)
+}
+
+fn attachment(dir: &Path, app: &str, file: &str, stamp: Option<&str>, pipe: OwnedFd) -> Attachment {
+    Attachment {
+        id: way(app),
+        out: Some(Pipe { fd: pipe, target: Target::file(dir.join(file), None) }),
+        err: None,
+        stamp: stamp.and_then(Stamp::new),
+        mark: String::new(),
+        overflow: Overflow::Drop,
+        watch: None,
+    }
+}
+
+/// The process that is killed: no test, unless it is told where its pipes are.
+#[test]
+fn the_pump_process() {
+    let Ok(pipes) = std::env::var(PUMP) else { return };
+    let mut pipes = pipes.split(' ');
+    let dir = PathBuf::from(pipes.next().unwrap());
+    let memory = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let logs = spawn(Journal::open(memory).unwrap(), |event| println!("{event:?}")).unwrap();
+    for ((app, file, stamp, _), pipe) in WAYS.iter().zip(pipes) {
+        let pipe = fs::OpenOptions::new().read(true).open(pipe).unwrap();
+        logs.adopt(attachment(&dir, app, file, *stamp, pipe.into())).unwrap();
+    }
+    logs.settle();
+    loop {
+        std::thread::park();
+    }
+}
+
+/// How long a line is. Of one in pieces the first has at least the number.
+const fn filler(shape: Shape, count: usize) -> usize {
+    match shape {
+        Shape::Whole => count % 50,
+        Shape::Pieces => 30 + count % 50,
+        Shape::Long => count * 37 % 3000,
+    }
+}
+
+/// Writes numbered lines until it is told to end, and returns how many.
+fn talk(mut pipe: fs::File, app: &str, shape: Shape, end: &AtomicBool) -> usize {
+    let mut count = 0;
+    while !end.load(Ordering::Relaxed) {
+        let line = format!("{app} {count} {}\n", "x".repeat(filler(shape, count)));
+        let cut = if shape == Shape::Pieces { line.len() / 2 } else { line.len() };
+        for part in [&line[..cut], &line[cut..]].into_iter().filter(|part| !part.is_empty()) {
+            pipe.write_all(part.as_bytes()).unwrap();
+        }
+        count += 1;
+    }
+    count
+}
+
+/// What is wrong with the lines of an app: nothing, if every number is there once and in order.
+///
+/// A machine may be so busy that the end of a line comes later than the pump waits for it (200 ms): in a shared file that is
+/// a line of its own then.
+fn fault(text: &str, app: &str, shape: Shape, prefix: &str, count: usize) -> Option<String> {
+    let mut next = 0;
+    let mut late: Vec<usize> = Vec::new();
+    let mut ends: Vec<usize> = text
+        .lines()
+        .filter(|line| shape == Shape::Pieces && line.bytes().all(|byte| byte == b'x'))
+        .map(str::len)
+        .collect();
+    for line in text.lines() {
+        let Some(rest) = line.strip_prefix(prefix) else {
+            return Some(format!("{app}: no stamp: {line:.80}"));
+        };
+        let Some(rest) = rest.strip_prefix(app).and_then(|rest| rest.strip_prefix(' ')) else { continue };
+        let mut words = rest.splitn(2, ' ');
+        let number = words.next().and_then(|number| number.parse::<usize>().ok());
+        let found = words.next().filter(|filler| filler.bytes().all(|byte| byte == b'x')).map(str::len);
+        let missing = found.and_then(|found| filler(shape, next).checked_sub(found));
+        let is_fine = missing.is_some_and(|missing| missing == 0 || shape == Shape::Pieces);
+        if number != Some(next) || !is_fine {
+            return Some(format!("{app}: {next} of {count} expected: {line:.80}"));
+        }
+        late.extend(missing.filter(|&missing| missing > 0));
+        next += 1;
+    }
+    late.sort_unstable();
+    ends.sort_unstable();
+    if late != ends {
+        return Some(format!("{app}: ends of lines are missing: {late:?}, {ends:?}"));
+    }
+    (next != count).then(|| format!("{app}: {next} lines of {count}"))
+}
+
+/// Kills a pump again and again while apps write, and says what is wrong with their files afterwards. `memory` gives each
+/// pump its journal.
+fn kill_pumps(kills: u32, mut memory: impl FnMut() -> OwnedFd) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let pipes: Vec<(OwnedFd, OwnedFd)> = WAYS.iter().map(|_| World::pipe()).collect();
+    let end = Arc::new(AtomicBool::new(false));
+    let me = std::process::id();
+    let mut names = vec![dir.path().display().to_string()];
+    names.extend(pipes.iter().map(|(read_end, _)| format!("/proc/{me}/fd/{}", read_end.as_raw_fd())));
+    let apps: Vec<std::thread::JoinHandle<usize>> = WAYS
+        .iter()
+        .zip(&pipes)
+        .map(|(&(app, _, _, shape), (_, pipe))| {
+            let (pipe, end) = (fs::File::from(pipe.try_clone().unwrap()), Arc::clone(&end));
+            std::thread::spawn(move || talk(pipe, app, shape, &end))
+        })
+        .collect();
+    let size = || {
+        let files = fs::read_dir(dir.path()).unwrap();
+        files.map(|file| file.unwrap().metadata().unwrap().len()).sum::<u64>()
+    };
+    for number in 0..kills {
+        let before = size();
+        let mut pump = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_pump_process", "--nocapture"])
+            .env(PUMP, names.join(" "))
+            .stdin(memory())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        // Some are killed before they have done anything.
+        if number % 5 > 0 {
+            let limit = Instant::now() + LIMIT;
+            while size() == before && Instant::now() < limit {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+        }
+        std::thread::park_timeout(Duration::from_micros(u64::from(number * 7919 % 20_000)));
+        assert!(pump.try_wait().unwrap().is_none(), "the pump has ended by itself");
+        pump.kill().unwrap();
+        pump.wait().unwrap();
+    }
+    end.store(true, Ordering::Relaxed);
+    let (events_tx, events) = channel();
+    let last = spawn(Journal::open(memory()).unwrap(), move |event| {
+        let _ = events_tx.send(event);
+    })
+    .unwrap();
+    for ((app, file, stamp, _), (pipe, _)) in WAYS.iter().zip(&pipes) {
+        last.adopt(attachment(dir.path(), app, file, *stamp, pipe.try_clone().unwrap())).unwrap();
+    }
+    last.settle();
+    let counts: Vec<usize> = apps.into_iter().map(|app| app.join().unwrap()).collect();
+    for (app, ..) in WAYS {
+        last.finish(way(app));
+    }
+    for _ in WAYS {
+        assert!(matches!(events.recv_timeout(LIMIT).unwrap(), LogEvent::Drained { .. }));
+    }
+    let year = Stamp::new("YYYY").unwrap().prefix(jiff::Timestamp::now()).to_vec();
+    let year = String::from_utf8(year).unwrap().trim_end_matches(": ").to_owned();
+    WAYS.iter()
+        .zip(counts)
+        .filter_map(|(&(app, file, stamp, shape), count)| {
+            let text = String::from_utf8(fs::read(dir.path().join(file)).unwrap()).unwrap();
+            let prefix = stamp.map_or_else(String::new, |format| {
+                format!("{year}{}: ", if format.contains('!') { "!" } else { "" })
+            });
+            fault(&text, app, shape, &prefix, count)
+        })
+        .collect()
+}
+
+#[test]
+fn no_line_is_lost_or_doubled_however_often_the_pump_is_killed() {
+    let memory = pm::logs::journal::create().unwrap();
+    assert_eq!(kill_pumps(60, || memory.try_clone().unwrap()), Vec::<String>::new());
+}
+
+#[test]
+fn without_its_memory_a_killed_pump_loses_lines() {
+    let faults = kill_pumps(10, || pm::logs::journal::create().unwrap());
+    assert!(!faults.is_empty(), "the test above can fail");
 }

@@ -23,12 +23,12 @@ use nix::sys::signal::{Signal as Sig, kill};
 use nix::unistd::Pid;
 use pm::dispatch::{
     self, Adopted, ChannelKind, Command, DispatchEvent, DispatchHandle, Drain, Greeting, Idle, InFlight,
-    KeptListener, NewInstance, OpenListener, Origin, Stats,
+    KeptListener, NewInstance, OpenListener, Origin, Part, Stats,
 };
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
 use pm::model::signal::Signal;
 use pm::model::spec::Balance;
-use pm::sys::{listen, scm};
+use pm::sys::{fdpass, listen, scm};
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -69,6 +69,8 @@ struct Log {
     kept: BTreeMap<String, KeptListener>,
     open: BTreeMap<InstanceId, Vec<OpenListener>>,
     ready: BTreeSet<InstanceId>,
+    inboxes: BTreeMap<InstanceId, OwnedFd>,
+    lines: BTreeMap<(InstanceId, u64), OwnedFd>,
 }
 
 /// A dispatch thread with a driver that records at once, unless it is told to be stuck.
@@ -80,12 +82,18 @@ struct World {
     children: Vec<Child>,
     /// Copies of our ends of the channels, as the keeper holds them.
     channels: BTreeMap<InstanceId, OwnedFd>,
+    /// Likewise of where unanswered connections lie.
+    shelf: [OwnedFd; 2],
 }
 
 impl World {
     fn new(node: &Path) -> Self {
         let (handle, log, stuck) = start();
-        Self { handle, log, stuck, node: node.to_owned(), children: Vec::new(), channels: BTreeMap::new() }
+        let shelf = dispatch::shelf_ends().unwrap();
+        let [put, take] = [&shelf[0], &shelf[1]].map(|end| end.try_clone().unwrap());
+        handle.send(Command::UseShelf { put, take });
+        let (children, channels) = (Vec::new(), BTreeMap::new());
+        Self { handle, log, stuck, node: node.to_owned(), children, channels, shelf }
     }
 
     /// Spawns an app on a new channel, without telling the dispatch thread. An inherited listener is descriptor 4.
@@ -148,6 +156,63 @@ impl World {
 
     fn worker(&mut self, id: &InstanceId, balance: Balance, args: &[&str]) -> usize {
         self.spawn(id, ChannelKind::Cluster { balance, configured: Vec::new() }, false, args)
+    }
+
+    /// The supervisor is gone, without a word; the keeper's copies and what was recorded are all that is left.
+    fn next_supervisor(&mut self, ids: &[InstanceId], kind: impl Fn(&InstanceId) -> ChannelKind) {
+        let (handle, log, stuck) = start();
+        let old = std::mem::replace(&mut self.handle, handle);
+        let old_log = std::mem::replace(&mut self.log, log);
+        self.stuck.store(false, Ordering::Relaxed);
+        self.stuck = stuck;
+        let mut old = Some(old);
+        // Its driver may be about to say something.
+        while let Some(handle) = old.take() {
+            match Arc::try_unwrap(handle) {
+                Ok(handle) => handle.finish(),
+                Err(handle) => old = Some(handle),
+            }
+        }
+        let old_log = std::mem::take(&mut *old_log.0.lock().unwrap());
+        let Log { kept, open, ready, inboxes, lines, .. } = old_log;
+        let [put, take] = &self.shelf;
+        let [put, take] = [put, take].map(|end| end.try_clone().unwrap());
+        self.handle.send(Command::UseShelf { put, take });
+        for kept in kept.into_values() {
+            let copy = KeptListener {
+                key: kept.key.clone(),
+                data: kept.data.clone(),
+                origin: kept.origin,
+                socket: kept.socket.try_clone().unwrap(),
+            };
+            self.log.0.lock().unwrap().kept.insert(kept.key.clone(), kept);
+            self.handle.send(Command::AdoptListener { app: app("web"), listener: copy });
+        }
+        for id in ids {
+            let open = open.get(id).cloned().unwrap_or_default();
+            let ready = ready.contains(id);
+            let inbox = inboxes.get(id).map(|file| file.try_clone().unwrap());
+            let copy = |file: &OwnedFd| file.try_clone().unwrap();
+            let lines: BTreeMap<u64, OwnedFd> =
+                lines.iter().filter(|((of, _), _)| of == id).map(|((_, n), file)| (*n, copy(file))).collect();
+            {
+                let mut log = self.log.0.lock().unwrap();
+                log.open.insert(id.clone(), open.clone());
+                log.lines.extend(lines.iter().map(|(number, file)| ((id.clone(), *number), copy(file))));
+                log.inboxes.extend(inbox.iter().map(|file| (id.clone(), copy(file))));
+                if ready {
+                    log.ready.insert(id.clone());
+                }
+            }
+            self.handle.send(Command::AddInstance(Box::new(NewInstance {
+                id: id.clone(),
+                channel: self.channels[id].try_clone().unwrap(),
+                kind: kind(id),
+                agent: None,
+                adopted: Some(Adopted { ready, open, inbox, lines }),
+            })));
+        }
+        self.handle.send(Command::Adopted);
     }
 
     /// Waits until the worker is ready and listening, and puts it in.
@@ -274,7 +339,24 @@ impl Log {
                 self.open.entry(id.clone()).or_default().retain(|open| open.key != *key);
                 Some(*token)
             }
-            DispatchEvent::Listening { token, .. } => Some(*token),
+            DispatchEvent::Listening { id, key, token, .. } => {
+                for open in self.open.entry(id.clone()).or_default() {
+                    open.listening |= Some(&open.key) == key.as_ref();
+                }
+                Some(*token)
+            }
+            DispatchEvent::Keep { id, part, file, token } => {
+                let file = file.try_clone().unwrap();
+                match part {
+                    Part::Inbox => self.inboxes.insert(id.clone(), file),
+                    Part::Line(number) => self.lines.insert((id.clone(), *number), file),
+                };
+                Some(*token)
+            }
+            DispatchEvent::LineGone { id, number } => {
+                assert!(self.lines.remove(&(id.clone(), *number)).is_some(), "gone twice");
+                None
+            }
             DispatchEvent::Ended { panicked } => {
                 assert!(!*panicked, "the dispatch thread panicked");
                 None
@@ -509,7 +591,7 @@ fn messages_of_3_mb_pass_and_lines_of_100_mb_are_skipped() {
         let huge = instance("big", 1, 1);
         world.spawn(&huge, ChannelKind::Plain, false, &["big", "104857600"]);
         world.wait_event("the skipped line", |event| {
-            matches!(event, DispatchEvent::LongLineSkipped { bytes: 104_857_602, .. })
+            matches!(event, DispatchEvent::LongLineSkipped { bytes: 104_857_602, total: 1, .. })
         });
         world.wait("ready", |log| log.ready.contains(&huge).then_some(()));
     }
@@ -668,34 +750,11 @@ fn another_thread_takes_over_the_same_descriptors() {
             for _ in 0..4 {
                 get(port, "/").unwrap();
             }
-            // The supervisor is gone; the keeper's copies are all that is left.
-            let (handle, log, stuck) = start();
-            let old = std::mem::replace(&mut world.handle, handle);
-            let old_log = std::mem::replace(&mut world.log, log);
-            world.stuck = stuck;
-            Arc::into_inner(old).unwrap().finish();
-            let waiting = std::thread::spawn(move || get(port, "/"));
-            let mut old_log = std::mem::take(&mut *old_log.0.lock().unwrap());
-            for kept in std::mem::take(&mut old_log.kept).into_values() {
-                let copy = KeptListener {
-                    key: kept.key.clone(),
-                    data: kept.data.clone(),
-                    origin: kept.origin,
-                    socket: kept.socket.try_clone().unwrap(),
-                };
-                world.log.0.lock().unwrap().kept.insert(kept.key.clone(), kept);
-                world.handle.send(Command::AdoptListener { app: app("web"), listener: copy });
-            }
+            world.next_supervisor(&ids, |_| ChannelKind::Cluster { balance, configured: Vec::new() });
             for id in &ids {
-                world.handle.send(Command::AddInstance(Box::new(NewInstance {
-                    id: id.clone(),
-                    channel: world.channels[id].try_clone().unwrap(),
-                    kind: ChannelKind::Cluster { balance, configured: Vec::new() },
-                    agent: None,
-                    adopted: Some(Adopted { ready: true, open: old_log.open[id].clone() }),
-                })));
                 world.handle.send(Command::PutIn { id: id.clone() });
             }
+            let waiting = std::thread::spawn(move || get(port, "/"));
             waiting.join().unwrap().unwrap();
             let mut served: BTreeMap<String, usize> = BTreeMap::new();
             for _ in 0..20 {
@@ -1030,5 +1089,339 @@ fn the_agent_does_not_keep_a_process_alive() {
         let id = instance("script", 0, 1);
         let child = world.spawn(&id, ChannelKind::Plain, true, &["script"]);
         assert_eq!(world.exited(child, PATIENCE), Some(0), "{node:?}");
+    }
+}
+
+/// What the supervisor that is to be killed is given: the channel, the shelf and what the keeper holds for it come as
+/// descriptors.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Legacy {
+    inbox: bool,
+    lines: Vec<u64>,
+    /// The number of the message it shall send.
+    send: Option<u64>,
+}
+
+const TO_BE_KILLED: &str = "PM_TEST_TO_BE_KILLED";
+
+/// No test but the process that `killed_in_the_middle_of_3_mb_each_way_…` kills: a dispatch thread whose driver has
+/// everything held by its parent, which is the keeper here.
+#[test]
+fn helper_of_the_kills_below() {
+    if std::env::var_os(TO_BE_KILLED).is_none() {
+        return;
+    }
+    let keeper = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let mut buffer = vec![0; 4096];
+    let received = loop {
+        match fdpass::receive(&keeper, &mut buffer, fdpass::Take::Consume) {
+            Ok(received) => break received,
+            Err(_) => std::thread::park_timeout(Duration::from_millis(1)),
+        }
+    };
+    let legacy: Legacy = serde_json::from_slice(&buffer[..received.len]).unwrap();
+    let mut fds = received.fds.into_iter();
+    let mut next = || fds.next().unwrap();
+    let (channel, put, take) = (next(), next(), next());
+    let inbox = legacy.inbox.then(&mut next);
+    let lines: BTreeMap<u64, OwnedFd> = legacy.lines.iter().map(|number| (*number, next())).collect();
+    let (tokens_tx, tokens_rx) = std::sync::mpsc::channel();
+    let told = keeper.try_clone().unwrap();
+    // Told before the thread goes on: what is done about a line is done before the line is consumed.
+    let handle = dispatch::spawn(Box::new(move |event| {
+        let tell = |text: String, fds: &[std::os::fd::BorrowedFd<'_>]| {
+            while fdpass::send(&told, text.as_bytes(), fds).is_err() {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+        };
+        match event {
+            DispatchEvent::Keep { part, file, token, .. } => {
+                let text = match part {
+                    Part::Inbox => "inbox".to_owned(),
+                    Part::Line(number) => format!("line:{number}"),
+                };
+                tell(text, &[file.as_fd()]);
+                let _ = tokens_tx.send(token);
+            }
+            DispatchEvent::LineGone { number, .. } => tell(format!("gone:{number}"), &[]),
+            DispatchEvent::UserMessage { message, .. } => {
+                let head = &message.bytes()[..message.bytes().len().min(60)];
+                tell(format!("said:{}:{}", message.length(), String::from_utf8_lossy(head)), &[]);
+            }
+            _ => {}
+        }
+    }));
+    let handle = handle.unwrap();
+    let id = instance("talk", 0, 1);
+    handle.send(Command::UseShelf { put, take });
+    handle.send(Command::AddInstance(Box::new(NewInstance {
+        id: id.clone(),
+        channel,
+        kind: ChannelKind::Plain,
+        agent: None,
+        adopted: Some(Adopted { ready: true, open: Vec::new(), inbox, lines }),
+    })));
+    handle.send(Command::Adopted);
+    if let Some(number) = legacy.send {
+        let json = format!(r#"{{"number":{number},"text":"{}"}}"#, "y".repeat(3_000_000));
+        handle.send(Command::SendMessage { id, json });
+    }
+    fdpass::send(&keeper, b"up", &[]).unwrap();
+    for token in tokens_rx {
+        handle.send(Command::Recorded { token });
+    }
+}
+
+/// A keeper with a supervisor that is killed with SIGKILL at any instant, in whatever system call.
+struct KilledAgain {
+    channel: OwnedFd,
+    shelf: [OwnedFd; 2],
+    inbox: Option<OwnedFd>,
+    lines: BTreeMap<u64, OwnedFd>,
+    /// Lengths and heads of what the worker was heard saying.
+    said: Vec<(u64, String)>,
+    placed: usize,
+}
+
+/// Killed also when its test has failed.
+struct Mortal(Child);
+
+impl Mortal {
+    fn end(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    Birth,
+    Placed,
+}
+
+impl KilledAgain {
+    /// Lets a supervisor live until `enough` says so, or so long from its birth, or from when it has put its message
+    /// where the next one finds it.
+    fn supervise(&mut self, send: Option<u64>, life: (From, Duration), enough: impl Fn(&Self) -> bool) {
+        let (from, life) = life;
+        let placed = self.placed;
+        let (ours, theirs) = pm::sys::pipe::packet_pair().unwrap();
+        let child = Process::new(std::env::current_exe().unwrap())
+            .args(["--exact", "helper_of_the_kills_below", "--nocapture"])
+            .env(TO_BE_KILLED, "1")
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut child = Mortal(child);
+        let legacy =
+            Legacy { inbox: self.inbox.is_some(), lines: self.lines.keys().copied().collect(), send };
+        let mut fds = vec![self.channel.as_fd(), self.shelf[0].as_fd(), self.shelf[1].as_fd()];
+        fds.extend(self.inbox.as_ref().map(AsFd::as_fd));
+        fds.extend(self.lines.values().map(AsFd::as_fd));
+        fdpass::send(&ours, &serde_json::to_vec(&legacy).unwrap(), &fds).unwrap();
+        let mut until = None;
+        let limit = Instant::now() + PATIENCE;
+        while until.is_none_or(|until| Instant::now() < until) && !enough(self) {
+            assert!(Instant::now() < limit, "{:?} lines {:?}", self.said, self.lines.keys());
+            let up = self.hear(&ours);
+            if (from == From::Birth && up)
+                || (from == From::Placed && until.is_none() && self.placed > placed)
+            {
+                until = Some(Instant::now() + life);
+            }
+            std::thread::park_timeout(Duration::from_micros(300));
+        }
+        child.end();
+        // What it had said counts.
+        self.hear(&ours);
+    }
+
+    /// Takes what was said. Whether the supervisor has said that it is up.
+    fn hear(&mut self, from: &OwnedFd) -> bool {
+        let mut buffer = vec![0; 4096];
+        let mut up = false;
+        while let Ok(received) = fdpass::receive(from, &mut buffer, fdpass::Take::Consume)
+            && received.len > 0
+        {
+            let text = String::from_utf8_lossy(&buffer[..received.len]).into_owned();
+            let file = received.fds.into_iter().next();
+            match text.split_once(':').unwrap_or((&text, "")) {
+                ("up", _) => up = true,
+                ("inbox", _) => self.inbox = file,
+                ("line", number) => {
+                    self.lines.insert(number.parse().unwrap(), file.unwrap());
+                    self.placed += 1;
+                }
+                ("gone", number) => drop(self.lines.remove(&number.parse().unwrap())),
+                (_, rest) => {
+                    let (length, head) = rest.split_once(':').unwrap();
+                    let said = (length.parse().unwrap(), head.to_owned());
+                    // Killed between the event and the end of the line: it is told again. Each has a number of its own.
+                    if !self.said.contains(&said) {
+                        self.said.push(said);
+                    }
+                }
+            }
+        }
+        up
+    }
+}
+
+#[test]
+fn killed_in_the_middle_of_3_mb_each_way_nothing_is_lost_or_doubled_and_the_worker_lives() {
+    const MESSAGES: u64 = 12;
+    let mut world = World::new(Path::new("node"));
+    let id = instance("talk", 0, 1);
+    let channel = world.spawn_process(&id, false, false, None, &["dialogue", &MESSAGES.to_string()]);
+    let mut keeper = KilledAgain {
+        channel,
+        shelf: dispatch::shelf_ends().unwrap(),
+        inbox: None,
+        lines: BTreeMap::new(),
+        said: Vec::new(),
+        placed: 0,
+    };
+    let heard =
+        |keeper: &KilledAgain| keeper.said.iter().filter(|(_, head)| head.starts_with(r#"{"heard""#)).count();
+    let all_said = |keeper: &KilledAgain| {
+        keeper.said.iter().filter(|(length, _)| *length > 1_000_000).count() as u64 >= MESSAGES
+    };
+    let (mut moment, mut midway, mut kills) = (3_u64, 0, 0);
+    while kills < 25 {
+        moment = (moment * 131 + 7) % 211;
+        let next = keeper.placed as u64 + 1;
+        // A third one would be refused: the worker does not read.
+        let send = (keeper.lines.len() < 2).then_some(next);
+        let from = if kills % 2 == 0 && send.is_some() { From::Placed } else { From::Birth };
+        keeper.supervise(send, (from, Duration::from_micros(moment * 100)), |_| false);
+        kills += 1;
+        midway += usize::from(!keeper.lines.is_empty());
+    }
+    let placed = keeper.placed;
+    keeper.supervise(None, (From::Birth, PATIENCE), |keeper| {
+        all_said(keeper) && heard(keeper) == placed && keeper.lines.is_empty()
+    });
+    assert!(world.children[0].try_wait().unwrap().is_none(), "the worker lives");
+    assert!(placed >= 5 && midway >= 3, "{placed} messages, {midway} kills with one under way");
+    let (long, short): (Vec<_>, Vec<_>) =
+        keeper.said.into_iter().partition(|(length, _)| *length > 1_000_000);
+    let long: Vec<(u64, String)> =
+        long.into_iter().map(|(length, head)| (length, head.split_once(',').unwrap().0.to_owned())).collect();
+    let expected = |n: u64| {
+        let head = format!(r#"{{"said":{n}"#);
+        (head.len() as u64 + 3_000_000 + r#","text":""}"#.len() as u64, head)
+    };
+    assert_eq!(long, (1..=MESSAGES).map(expected).collect::<Vec<_>>());
+    let short: Vec<String> = short.into_iter().map(|(_, text)| text).collect();
+    let expected: Vec<String> =
+        (1..=placed).map(|n| format!(r#"{{"heard":{n},"number":{n},"length":3000000}}"#)).collect();
+    assert_eq!(short, expected, "each message once, and whole");
+}
+
+#[test]
+fn a_hand_over_that_nobody_answered_is_redispatched_by_the_next_supervisor() {
+    for node in nodes() {
+        let mut world = World::new(&node);
+        let ids = [instance("web", 0, 1), instance("web", 1, 1)];
+        let children = ids.clone().map(|id| world.worker(&id, Balance::RoundRobin, &["http"]));
+        for id in &ids {
+            world.up(id);
+        }
+        let port = world.port();
+        world.signal(children[0], Sig::SIGSTOP);
+        world.signal(children[1], Sig::SIGSTOP);
+        let clients: Vec<_> = (0..2).map(|_| std::thread::spawn(move || get(port, "/"))).collect();
+        world.wait("a connection stuck in each worker", |_| {
+            world.stats().instances.iter().all(|instance| instance.unanswered == 1).then_some(())
+        });
+        let kind =
+            |_: &InstanceId| ChannelKind::Cluster { balance: Balance::RoundRobin, configured: Vec::new() };
+        // Dead twice: what the first one knew only from the one before it is not forgotten.
+        for _ in 0..2 {
+            world.next_supervisor(&ids, kind);
+            for id in &ids {
+                world.handle.send(Command::PutIn { id: id.clone() });
+            }
+            world.wait("the next one knows of them", |_| {
+                world.stats().instances.iter().all(|instance| instance.unanswered == 1).then_some(())
+            });
+        }
+        world.signal(children[0], Sig::SIGKILL);
+        world.signal(children[1], Sig::SIGCONT);
+        for client in clients {
+            assert_eq!(client.join().unwrap().as_deref(), Ok("2"), "{node:?}");
+        }
+        world.wait("nothing is left", |_| {
+            world.stats().instances.iter().all(|instance| instance.unanswered == 0).then_some(())
+        });
+        let left = fdpass::receive(&world.shelf[1], &mut [0; 4096], fdpass::Take::Peek);
+        assert!(left.is_err(), "a copy that stays would keep connections open: {left:?}");
+    }
+}
+
+#[test]
+fn a_connection_that_waits_for_a_worker_waits_on_with_the_next_supervisor() {
+    let mut world = World::new(Path::new("node"));
+    let id = instance("web", 0, 1);
+    let child = world.worker(&id, Balance::RoundRobin, &["http"]);
+    world.up(&id);
+    let port = world.port();
+    world.signal(child, Sig::SIGSTOP);
+    let client = std::thread::spawn(move || get(port, "/"));
+    world.wait("it is stuck", |_| (world.stats().instances.first()?.unanswered == 1).then_some(()));
+    world.signal(child, Sig::SIGKILL);
+    world.wait_event("end", |event| matches!(event, DispatchEvent::ChannelClosed { .. }));
+    world.wait("it waits", |_| (world.stats().listeners.first()?.pending == 1).then_some(()));
+    let kind = |_: &InstanceId| ChannelKind::Cluster { balance: Balance::RoundRobin, configured: Vec::new() };
+    world.next_supervisor(&[], kind);
+    let next = instance("web", 0, 2);
+    world.worker(&next, Balance::RoundRobin, &["http"]);
+    world.up(&next);
+    assert_eq!(client.join().unwrap().as_deref(), Ok("2"));
+}
+
+#[test]
+fn a_query_whose_answer_was_lost_with_the_supervisor_is_answered_by_the_next_one() {
+    for node in nodes() {
+        for balance in BALANCES {
+            let mut world = World::new(&node);
+            let id = instance("web", 0, 1);
+            let kind = |_: &InstanceId| ChannelKind::Cluster { balance, configured: Vec::new() };
+            // Before it is recorded: the line is still in the socket.
+            world.stuck.store(true, Ordering::Relaxed);
+            world.worker(&id, balance, &["http"]);
+            world.wait_event("the query", |event| matches!(event, DispatchEvent::Opened { .. }));
+            world.next_supervisor(std::slice::from_ref(&id), kind);
+            // The former driver is about to record: that is too late.
+            world.up(&id);
+            let port = world.port();
+            assert_eq!(get(port, "/").unwrap(), "1", "{node:?} {balance:?}");
+            // Recorded, consumed, and the answer lost: nobody has heard of `listening` either.
+            world.log.0.lock().unwrap().open.get_mut(&id).unwrap()[0].listening = false;
+            world.next_supervisor(std::slice::from_ref(&id), kind);
+            world.handle.send(Command::PutIn { id: id.clone() });
+            for _ in 0..5 {
+                assert_eq!(get(port, "/").unwrap(), "1", "a second answer does no harm");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_listener_that_a_worker_has_no_descriptor_for_is_refused_and_not_waited_for() {
+    for node in nodes() {
+        let mut world = World::new(&node);
+        let id = instance("web", 0, 1);
+        world.worker(&id, Balance::Shared, &["poor"]);
+        let error = world.message(&id, "error");
+        assert_eq!(error["error"], "EMFILE", "{node:?}");
+        assert!(world.children[0].try_wait().unwrap().is_none());
     }
 }

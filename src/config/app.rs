@@ -7,7 +7,8 @@ use super::error::{At, Place};
 use super::listen::ListenConfig;
 use crate::model::signal::Signal;
 use crate::model::spec::{
-    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Probe, Share, Stdin, StopMethod, Strategy,
+    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Overflow, Probe, Share, Stdin, StopMethod,
+    Strategy,
 };
 
 /// Environment variables by name.
@@ -109,6 +110,7 @@ pub struct AppConfig {
     pub merge_logs: Option<bool>,
     pub time: Option<bool>,
     pub log_date_format: Option<String>,
+    pub log_overflow: Option<Overflow>,
     pub stdin: Option<Stdin>,
     pub health: Option<At<Probe>>,
     pub ready: Option<At<Probe>>,
@@ -174,6 +176,7 @@ impl AppConfig {
             merge_logs: None,
             time: None,
             log_date_format: None,
+            log_overflow: None,
             stdin: None,
             health: None,
             ready: None,

@@ -577,5 +577,6 @@ fn logs(app: &AppConfig, within: &dyn Fn(&str) -> PathBuf) -> LogRules {
             .clone()
             .filter(|format| !format.is_empty())
             .or_else(|| app.time.unwrap_or(false).then(|| TIME_FORMAT.to_owned())),
+        overflow: app.log_overflow.unwrap_or_default(),
     }
 }

@@ -12,7 +12,7 @@ use super::value::Value;
 use super::{listen, probe, unknown};
 use crate::model::signal::Signal;
 use crate::model::spec::{
-    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Share, Stdin, StopMethod, Strategy,
+    Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Overflow, Share, Stdin, StopMethod, Strategy,
 };
 
 /// No timeout or delay is longer.
@@ -76,7 +76,7 @@ macro_rules! set {
 }
 
 /// Every key, in the order of the documentation.
-pub static KEYS: [Key; 57] = [
+pub static KEYS: [Key; 58] = [
     Key {
         name: "name",
         aliases: &[],
@@ -595,6 +595,16 @@ pub static KEYS: [Key; 57] = [
         example: "\"YYYY-MM-DD HH:mm:ss.SSS Z\"",
         meaning: "Begin every log line with the time in this form (the letters of dayjs); wins over `time`.",
         read: set!(log_date_format, v => v.string()?),
+    },
+    Key {
+        name: "log_overflow",
+        aliases: &[],
+        takes: "\"drop\" or \"block\"",
+        default: "\"drop\"",
+        example: "\"block\"",
+        meaning: "When the disk of a log file is full, or slower than what is written: lose lines, which are counted and \
+                  said so in the log and in `pm describe`, or let the app wait.",
+        read: set!(log_overflow, v => v.one_of(Overflow::NAMES)?),
     },
     Key {
         name: "stdin",

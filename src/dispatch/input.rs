@@ -1,12 +1,14 @@
 //! Receiving: lines are seen with MSG_PEEK and consumed when what they mean is done, or recorded by the driver.
 
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::run::{Dispatcher, Flow};
-use super::{DispatchEvent, OpenListener, Token};
-use crate::node::channel::Piece;
+use super::inbox::{Inbox, Then};
+use super::run::{Deadline, Dispatcher, Flow, Unfinished};
+use super::{DispatchEvent, OpenListener, Part, Token};
+use crate::node::channel::{Nacked, Piece};
 use crate::node::messages::{self, AgentMessage, Incoming, Query};
 use crate::node::primary::{ListenerIx, QueryAnswer, WorkerIx};
 use crate::sys::listen;
@@ -14,6 +16,13 @@ use crate::sys::scm::{self, Peeked};
 
 /// How many buffers one channel may fill in a turn before others have theirs.
 const BUFFERS_PER_TURN: usize = 16;
+
+/// How long the beginning of a line may wait alone in its socket. One that is written byte by byte has no room for its
+/// end there.
+const UNFINISHED: Duration = Duration::from_secs(1);
+
+/// How long the name of a listener and the TLS keys that go with it may be: our answer has to go in one piece.
+const LISTENER_MAX: usize = 8 * 1024;
 
 /// How far a channel is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,16 +33,27 @@ pub(super) enum Until {
     Seen,
 }
 
+/// What became of what was peeked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Read {
+    /// Nothing can be done with it now.
+    Nothing,
+    /// Its lines are handled.
+    Some,
+    /// A piece of a long line is handled; what is behind it has not been looked at.
+    Piece,
+}
+
 /// A control line that the driver has not recorded yet; it is the first in its socket.
 pub(super) struct Awaiting {
     pub(super) token: Token,
     /// Its length, newline included.
     length: usize,
-    then: Then,
+    then: After,
 }
 
 /// What follows when it is recorded.
-enum Then {
+enum After {
     Nothing,
     /// The worker gets the listener.
     Grant {
@@ -49,7 +69,7 @@ enum Verdict {
     /// Done.
     Consume,
     /// Leave it in the socket until the driver has recorded the event that carries this token.
-    Hold(Token, Then),
+    Hold(Token, After),
 }
 
 impl Dispatcher {
@@ -81,8 +101,10 @@ impl Dispatcher {
                 }
                 Ok(Peeked { count, hides_more }) => {
                     let more = hides_more || count == buffer.len() || until == Until::Empty;
-                    if !self.read_lines(serial, &buffer[..count], hides_more) || !more {
-                        break;
+                    match self.read_lines(serial, &buffer[..count], hides_more) {
+                        Read::Some if more => {}
+                        Read::Piece => {}
+                        Read::Some | Read::Nothing => break,
                     }
                 }
             }
@@ -90,12 +112,13 @@ impl Dispatcher {
         self.peeked = buffer;
     }
 
-    /// Handles the lines in what was peeked. Returns whether to look for more.
-    fn read_lines(&mut self, serial: u64, seen: &[u8], hides_more: bool) -> bool {
+    /// Handles the lines in what was peeked.
+    fn read_lines(&mut self, serial: u64, seen: &[u8], hides_more: bool) -> Read {
         let mut used = 0;
         while used < seen.len() {
-            let Some(channel) = self.channels.get_mut(&serial) else { return false };
+            let Some(channel) = self.channels.get_mut(&serial) else { return Read::Nothing };
             let may_hold = !channel.lines.is_midway();
+            let forced = used == 0 && (hides_more || channel.unfinished == Unfinished::Take);
             let (length, piece) = channel.lines.first(&seen[used..]);
             match piece {
                 Piece::Line { bytes, length: true_length } => {
@@ -106,34 +129,88 @@ impl Dispatcher {
                             break;
                         }
                         // Its head is gone from the socket, so it cannot wait there. No control line is that long.
-                        if let Then::Grant { query, made, .. } = then {
+                        if let After::Grant { query, made, .. } = then {
                             self.refuse_grant(serial, &made, &query, messages::INVALID);
                         }
+                    }
+                    if !may_hold {
+                        return self.take(serial, length, Then::Ends);
                     }
                     used += length;
                 }
                 Piece::Skipped { length: bytes } => {
-                    let id = channel.id.clone();
-                    self.emit(DispatchEvent::LongLineSkipped { id, bytes });
-                    used += length;
+                    let more = self.take(serial, length, Then::Skipped);
+                    if let Some(channel) = self.channels.get_mut(&serial) {
+                        let id = channel.id.clone();
+                        let total = channel.inbox.as_ref().map_or(1, Inbox::skipped);
+                        self.emit(DispatchEvent::LongLineSkipped { id, bytes, total });
+                    }
+                    return more;
                 }
+                Piece::Long if used == 0 => return self.take_piece(serial, seen),
+                // The rest of the line is not shown before these bytes are consumed, or has no room beside them.
+                Piece::Incomplete if forced => return self.take_piece(serial, seen),
+                Piece::Long => break,
                 Piece::Incomplete => {
-                    used += length;
-                    if used == 0 && hides_more {
-                        // The rest of the line is not shown before these bytes are consumed.
-                        channel.lines.keep_head(seen);
-                        used = seen.len();
+                    if used == 0 && channel.unfinished == Unfinished::No {
+                        channel.unfinished = Unfinished::Waits;
+                        self.at(self.now + UNFINISHED, Deadline::Unfinished(serial));
                     }
                     break;
                 }
             }
         }
-        let Some(channel) = self.channels.get(&serial) else { return false };
+        if used > 0
+            && let Some(channel) = self.channels.get_mut(&serial)
+        {
+            channel.unfinished = Unfinished::No;
+        }
+        let Some(channel) = self.channels.get(&serial) else { return Read::Nothing };
         if used > 0 && scm::consume(channel.socket.as_fd(), used, &mut self.scratch).is_err() {
             self.end_channel(serial);
-            return false;
+            return Read::Nothing;
         }
-        used > 0
+        if used > 0 { Read::Some } else { Read::Nothing }
+    }
+
+    /// Takes the beginning of a line, or more of it, out of the socket: it is too long to wait there. First the keeper
+    /// holds what is known of it.
+    fn take_piece(&mut self, serial: u64, seen: &[u8]) -> Read {
+        let Some(channel) = self.channels.get_mut(&serial) else { return Read::Nothing };
+        if channel.inbox.is_none() {
+            match Inbox::create().and_then(|inbox| Ok((inbox.descriptor()?, inbox))) {
+                Ok((file, inbox)) => {
+                    channel.inbox = Some(inbox);
+                    let id = channel.id.clone();
+                    let token = self.next_token();
+                    self.emit(DispatchEvent::Keep { id, part: Part::Inbox, file, token });
+                    self.hold(serial, Awaiting { token, length: 0, then: After::Nothing });
+                    return Read::Nothing;
+                }
+                Err(error) => {
+                    tracing::warn!(id = %channel.id, %error, "a long message would be cut by our death");
+                }
+            }
+        }
+        let Some(channel) = self.channels.get_mut(&serial) else { return Read::Nothing };
+        channel.unfinished = Unfinished::No;
+        channel.lines.keep(seen);
+        self.take(serial, seen.len(), Then::GoesOn)
+    }
+
+    /// Takes a part of a long line out of the socket; `lines` knows of it already.
+    fn take(&mut self, serial: u64, count: usize, then: Then) -> Read {
+        let Some(channel) = self.channels.get_mut(&serial) else { return Read::Nothing };
+        let socket = channel.socket.as_fd();
+        let taken = match &mut channel.inbox {
+            Some(inbox) => inbox.take(socket, count, &channel.lines, then, &mut self.scratch),
+            None => scm::consume(socket, count, &mut self.scratch),
+        };
+        if taken.is_err() {
+            self.end_channel(serial);
+            return Read::Nothing;
+        }
+        Read::Piece
     }
 
     fn hold(&mut self, serial: u64, awaiting: Awaiting) {
@@ -145,10 +222,13 @@ impl Dispatcher {
 
     /// The driver has recorded an event, or could not.
     pub(super) fn recorded(&mut self, token: Token, outcome: Result<(), i32>) {
+        if let Some((serial, number)) = self.placing.remove(&token) {
+            return self.placed(serial, number, outcome);
+        }
         let Some(serial) = self.tokens.remove(&token) else { return };
         let Some(channel) = self.channels.get_mut(&serial) else { return };
         let Some(Awaiting { length, then, .. }) = channel.awaiting.take() else { return };
-        if let (Then::Grant { listener, .. }, Ok(())) = (&then, outcome)
+        if let (After::Grant { listener, .. }, Ok(())) = (&then, outcome)
             && !self.sockets.contains_key(listener)
         {
             // It was closed while the driver recorded that this worker has it too: its last user had closed it a moment
@@ -157,12 +237,12 @@ impl Dispatcher {
             return;
         }
         match (then, outcome) {
-            (Then::Nothing, _) => {}
-            (Then::Grant { listener, query, .. }, Ok(())) => {
+            (After::Nothing, _) => {}
+            (After::Grant { listener, query, .. }, Ok(())) => {
                 self.open(serial, listener, query.clone());
                 self.grant(serial, listener, &query);
             }
-            (Then::Grant { query, made, .. }, Err(errno)) => {
+            (After::Grant { query, made, .. }, Err(errno)) => {
                 self.refuse_grant(serial, &made, &query, errno);
             }
         }
@@ -205,7 +285,7 @@ impl Dispatcher {
                     let id = channel.id.clone();
                     let token = self.next_token();
                     self.emit(DispatchEvent::Ready { id, token });
-                    return Verdict::Hold(token, Then::Nothing);
+                    return Verdict::Hold(token, After::Nothing);
                 }
             }
             Incoming::User => self.user_message(serial, line, length),
@@ -253,6 +333,13 @@ impl Dispatcher {
         let Some(app) = channel.worker.as_ref().and_then(|worker| self.apps.get_mut(&worker.app)) else {
             return;
         };
+        if let Some(shelf) = &mut self.shelf
+            && let Some((_, connection)) =
+                app.primary.unanswered_connections(WorkerIx(serial)).find(|(seq, _)| *seq == ack)
+        {
+            shelf.remove(connection);
+        }
+        channel.inherited.retain(|seq| *seq != ack);
         let Some(listener) = app.primary.answered(WorkerIx(serial), ack, accepted) else { return };
         channel.accepted += u64::from(accepted);
         let settling = channel.settling;
@@ -262,16 +349,53 @@ impl Dispatcher {
         }
     }
 
+    /// The handle on its way did not reach the worker.
     fn nack(&mut self, serial: u64) {
         let Some(channel) = self.channels.get_mut(&serial) else { return };
-        let lost = channel.outbox.answered().and_then(|handed| handed.newconn);
-        let app = channel.worker.as_ref().and_then(|worker| self.apps.get_mut(&worker.app));
-        let listener = app.zip(lost).and_then(|(app, seq)| app.primary.lost(WorkerIx(serial), seq));
+        let lost = match channel.outbox.nacked() {
+            Nacked::Newconn(seq) => Some(seq),
+            Nacked::Unknown => channel.inherited.pop(),
+            Nacked::Refuse(seq) => {
+                self.refuse_opened(serial, seq);
+                None
+            }
+            Nacked::Again | Nacked::Dropped => None,
+        };
+        let listener = lost.and_then(|seq| {
+            let worker = self.channels.get(&serial)?.worker.as_ref()?;
+            let app = self.apps.get_mut(&worker.app)?;
+            if let Some(shelf) = &mut self.shelf
+                && let Some((_, connection)) =
+                    app.primary.unanswered_connections(WorkerIx(serial)).find(|(known, _)| *known == seq)
+            {
+                shelf.remove(connection);
+            }
+            app.primary.lost(WorkerIx(serial), seq)
+        });
         self.flush(serial);
         if let Some(listener) = listener {
             self.serve(listener);
             self.settled_if(serial, |unanswered| unanswered == 0);
         }
+    }
+
+    /// A listener that was granted does not reach the worker, which has no descriptor for it.
+    fn refuse_opened(&mut self, serial: u64, seq: u64) {
+        let Some(channel) = self.channels.get(&serial) else { return };
+        let Some(app) = channel.worker.as_ref().and_then(|worker| self.apps.get_mut(&worker.app)) else {
+            return;
+        };
+        let Some((listener, query)) = app.primary.opened_by(WorkerIx(serial), seq) else { return };
+        let query = query.clone();
+        let Some(key) = app.primary.key_and_data(listener).map(|(key, _)| key.to_owned()) else { return };
+        app.primary.close(WorkerIx(serial), &key);
+        let left = app.primary.usage(listener).workers;
+        let id = channel.id.clone();
+        self.refuse(serial, &query, Errno::EMFILE as i32);
+        let token = self.next_token();
+        self.emit(DispatchEvent::ListenerClosed { id, key, left, token });
+        self.watch(listener);
+        self.unsteered = true;
     }
 
     fn query(&mut self, serial: u64, mut query: Query) -> Verdict {
@@ -284,6 +408,10 @@ impl Dispatcher {
         let app_serial = worker.app;
         let Some(app) = self.apps.get(&app_serial) else { return Verdict::Consume };
         let id = channel.id.clone();
+        if query.key().len() + query.data.len() > LISTENER_MAX {
+            self.refuse(serial, &query, messages::INVALID);
+            return Verdict::Consume;
+        }
         let (listener, new) = match app.primary.query(WorkerIx(serial), &query) {
             QueryAnswer::Refuse(errno) => {
                 self.refuse(serial, &query, errno);
@@ -306,9 +434,9 @@ impl Dispatcher {
         let token = self.next_token();
         let primary = self.apps.get(&app_serial).map(|app| &app.primary);
         let made = new.iter().filter_map(|kept| primary?.listener(&kept.key)).collect();
-        let open = OpenListener { key, query: query.clone() };
+        let open = OpenListener { key, query: query.clone(), listening: false };
         self.emit(DispatchEvent::Opened { id, open, new, token });
-        Verdict::Hold(token, Then::Grant { listener, query, made })
+        Verdict::Hold(token, After::Grant { listener, query, made })
     }
 
     fn listening(&mut self, serial: u64, message: &Query) -> Verdict {
@@ -321,7 +449,7 @@ impl Dispatcher {
             listener.and_then(|ix| self.sockets.get(&ix)).and_then(|socket| socket.address).map(|a| a.port());
         let (id, token) = (channel.id.clone(), self.next_token());
         self.emit(DispatchEvent::Listening { id, key, address: message.display(port), token });
-        Verdict::Hold(token, Then::Nothing)
+        Verdict::Hold(token, After::Nothing)
     }
 
     fn closed(&mut self, serial: u64, key: String) -> Verdict {
@@ -338,14 +466,14 @@ impl Dispatcher {
         self.unsteered = true;
         let token = self.next_token();
         self.emit(DispatchEvent::ListenerClosed { id, key, left, token });
-        Verdict::Hold(token, Then::Nothing)
+        Verdict::Hold(token, After::Nothing)
     }
 
     fn key_of(&self, app: u64, listener: ListenerIx) -> Option<String> {
         self.apps.get(&app)?.primary.key_and_data(listener).map(|(key, _)| key.to_owned())
     }
 
-    const fn next_token(&mut self) -> Token {
+    pub(super) const fn next_token(&mut self) -> Token {
         Token(self.next_serial())
     }
 }

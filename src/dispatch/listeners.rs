@@ -10,10 +10,11 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::run::{Deadline, Dispatcher, Flow, Handle, Source};
+use super::shelf::Record;
 use super::slots::Seat;
 use super::{DispatchEvent, KeptListener, Origin};
 use crate::model::id::AppName;
-use crate::node::channel::{Author, Handed};
+use crate::node::channel::{Author, Errand, Handed};
 use crate::node::choice::{client_of, is_by_turns};
 use crate::node::messages::{self, BAD_DESCRIPTOR, Granted, INVALID, Place, Query};
 use crate::node::primary::{HandOver, ListenerIx, WorkerIx};
@@ -179,7 +180,8 @@ impl Dispatcher {
         let granted = Granted { key, ack: query.seq, data, seq };
         let datagram = socket.kind == SocketKind::Datagram;
         if datagram || !is_by_turns(worker.balance) {
-            let handed = Handed { handle: Arc::clone(&socket.socket), newconn: None };
+            let errand = Errand::Grant(query.seq);
+            let handed = Handed { handle: Arc::clone(&socket.socket), errand };
             let line = messages::granted_shared(granted, datagram);
             self.post(serial, line, Some(handed));
         } else {
@@ -275,13 +277,22 @@ impl Dispatcher {
                     line.push(messages::BUN_MARK);
                 }
                 messages::newconn(&mut line, &socket.newconn_head, seq);
-                let handed = Handed { handle: connection, newconn: Some(seq) };
+                let handed = Handed { handle: Arc::clone(&connection), errand: Errand::Newconn(seq) };
                 // Only a user's lines are refused.
                 let _ = channel.outbox.push(line, Some(handed), Author::Internal);
                 self.flush(worker.0);
+                let channel = self.channels.get(&worker.0);
+                if channel.is_some_and(|channel| channel.outbox.newconn_in_flight() != Some(seq)) {
+                    self.shelve(app_serial, listener, &connection);
+                }
                 continue;
             }
             if app.primary.has_pending(listener) {
+                let waiting: Vec<Handle> = app.primary.waiting(listener).map(Arc::clone).collect();
+                for connection in waiting {
+                    self.shelve(app_serial, listener, &connection);
+                }
+                let Some(socket) = self.sockets.get(&listener) else { return false };
                 if let Some(seat) = socket.seat
                     && self.move_on(listener, seat)
                 {
@@ -299,6 +310,18 @@ impl Dispatcher {
                 return goes_on;
             }
             return true;
+        }
+    }
+
+    /// Has a connection that must wait wait where the next supervisor finds it.
+    fn shelve(&mut self, app: u64, listener: ListenerIx, connection: &Handle) {
+        let (Some(shelf), Some(app)) = (&mut self.shelf, self.apps.get(&app)) else { return };
+        if shelf.has(connection) {
+            return;
+        }
+        if let Some((key, _)) = app.primary.key_and_data(listener) {
+            let record = Record { app: app.name.clone(), key: key.to_owned(), to: None };
+            shelf.put(&record, connection);
         }
     }
 
@@ -325,6 +348,9 @@ impl Dispatcher {
         let Some(socket) = self.sockets.remove(&listener) else { return };
         if let Some(app) = self.apps.get_mut(&socket.app) {
             app.primary.remove_listener(listener);
+        }
+        if let Some(shelf) = &mut self.shelf {
+            shelf.discard_dropped();
         }
         if socket.watched {
             // Explicitly: the keeper holds the same open file description. Fails for none that was registered.

@@ -9,12 +9,15 @@
 //! rotation.
 
 mod crowd;
+mod inbox;
 mod input;
 mod listeners;
 mod output;
 mod run;
+mod shelf;
 mod slots;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -28,6 +31,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use serde::{Deserialize, Serialize};
 
 pub use crate::node::messages::{Drain, Greeting, Idle, InFlight, Query};
+
+pub use shelf::ends as shelf_ends;
 
 use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, InstanceId};
@@ -81,6 +86,19 @@ pub struct Adopted {
     /// The listeners it has open ([`DispatchEvent::Opened`] less [`DispatchEvent::ListenerClosed`]); their sockets are
     /// given with [`Command::AdoptListener`] beforehand.
     pub open: Vec<OpenListener>,
+    /// What the keeper holds for it ([`Part::Inbox`]).
+    pub inbox: Option<OwnedFd>,
+    /// Likewise: the long lines that have not gone, or not whole ([`Part::Line`]), by their numbers.
+    pub lines: BTreeMap<u64, OwnedFd>,
+}
+
+/// What a channel needs to have held, beside its socket, so that the next supervisor goes on in the middle of a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// What is known of a long line that is being read.
+    Inbox,
+    /// A long line for the app; its position is how much of it has gone.
+    Line(u64),
 }
 
 /// A listener that a worker has open.
@@ -90,6 +108,9 @@ pub struct OpenListener {
     pub key: String,
     /// The worker's query for it.
     pub query: Query,
+    /// It has said that it listens, so it has had our answer.
+    #[serde(default)]
+    pub listening: bool,
 }
 
 /// Who made a listening socket.
@@ -116,6 +137,16 @@ pub struct KeptListener {
 
 /// What the driver asks for. Unknown instances are ignored: they may have gone meanwhile.
 pub enum Command {
+    /// Keep unanswered connections between these sockets ([`shelf_ends`]), and go on with those that lie there. The first
+    /// command of all.
+    UseShelf {
+        /// What goes in.
+        put: OwnedFd,
+        /// What comes out.
+        take: OwnedFd,
+    },
+    /// Every instance and every listener of a former supervisor is here. The kernel does as that one told it until then.
+    Adopted,
     /// Own this channel.
     AddInstance(Box<NewInstance>),
     /// A listener of a former supervisor; before the instances that have it open.
@@ -125,8 +156,6 @@ pub enum Command {
         /// What.
         listener: KeptListener,
     },
-    /// All listeners and instances of a former supervisor are known now. The kernel does as that one told it until then.
-    Adopted,
     /// Connections go to this worker from now on. (In shared mode it takes them by itself from `listen()` on.)
     PutIn {
         /// Who.
@@ -176,8 +205,8 @@ pub enum Command {
         /// Who.
         id: InstanceId,
     },
-    /// Send a user message. A line over 32 KiB may be cut short if the supervisor dies while it is sent, which ends
-    /// the app.
+    /// Send a user message. One over 32 KiB goes when the keeper holds it, and is then finished by whoever comes
+    /// after us.
     SendMessage {
         /// Who.
         id: InstanceId,
@@ -225,6 +254,8 @@ pub enum Command {
 impl std::fmt::Debug for Command {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = match self {
+            Self::UseShelf { .. } => "UseShelf",
+            Self::Adopted => "Adopted",
             Self::AddInstance(new) => return f.debug_tuple("AddInstance").field(&new.id).finish(),
             Self::AdoptListener { .. } => "AdoptListener",
             Self::PutIn { .. } => "PutIn",
@@ -240,7 +271,6 @@ impl std::fmt::Debug for Command {
             Self::CloseListeners { .. } => "CloseListeners",
             Self::Recorded { .. } => "Recorded",
             Self::NotRecorded { .. } => "NotRecorded",
-            Self::Adopted => "Adopted",
             Self::Freeze => "Freeze",
             Self::Thaw => "Thaw",
             Self::Stats { .. } => "Stats",
@@ -360,8 +390,28 @@ pub enum DispatchEvent {
     LongLineSkipped {
         /// Who.
         id: InstanceId,
-        /// Its length.
+        /// Its length; 0 when a former supervisor has told it.
         bytes: u64,
+        /// How many were skipped in the instance's life.
+        total: u64,
+    },
+    /// To be held by the keeper for this instance, and then confirmed.
+    Keep {
+        /// Who.
+        id: InstanceId,
+        /// What.
+        part: Part,
+        /// A copy.
+        file: OwnedFd,
+        /// To be confirmed; the channel, or this line, goes on then.
+        token: Token,
+    },
+    /// A long line has gone: nobody needs its file any more.
+    LineGone {
+        /// Who.
+        id: InstanceId,
+        /// Its number.
+        number: u64,
     },
     /// A user's message was dropped: the app does not read.
     MessageDropped {

@@ -1,7 +1,8 @@
 //! The thread's loop: sockets, commands, deadlines.
 
 use std::collections::{BTreeMap, HashMap};
-use std::os::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -13,8 +14,10 @@ use nix::sys::eventfd::EventFd;
 use nix::time::{ClockId, clock_gettime};
 
 use super::crowd::Crowd;
+use super::inbox::Inbox;
 use super::input::{Awaiting, Until};
 use super::listeners::ListeningSocket;
+use super::shelf::{Record, Shelf};
 use super::slots::Group;
 use super::{
     Adopted, ChannelKind, Command, DispatchEvent, InstanceStats, ListenerStats, Message, NewInstance,
@@ -23,10 +26,11 @@ use super::{
 use crate::model::id::{AppName, InstanceId};
 use crate::model::moment::Moment;
 use crate::model::spec::Balance;
-use crate::node::channel::{Author, Handed, Lines, Outbox};
+use crate::node::channel::{Author, Errand, Handed, Lines, Outbox};
+use crate::node::choice::client_of;
 use crate::node::messages::{self, Query, QueryKind};
 use crate::node::primary::{ListenerIx, Primary, WorkerIx};
-use crate::sys::{listen, scm};
+use crate::sys::{listen, reuseport, scm};
 
 /// What may be in flight to a worker: a connection or a shared listener.
 pub(super) type Handle = Arc<OwnedFd>;
@@ -60,6 +64,32 @@ pub(super) struct Channel {
     probe: Weak<OwnedFd>,
     /// User messages that were dropped because the driver has too many already.
     pub(super) messages_lost: u64,
+    /// Lines for the app that are too long for one piece.
+    pub(super) long: HashMap<u64, LongLine>,
+    pub(super) next_long: u64,
+    /// Made when the app says something that is too long to wait in the socket.
+    pub(super) inbox: Option<Inbox>,
+    /// The beginning of a line has been waiting alone: its rest may need the room.
+    pub(super) unfinished: Unfinished,
+    /// Numbers of `newconn`s of a former supervisor that are not answered.
+    pub(super) inherited: Vec<u64>,
+}
+
+/// A line in a file that the keeper holds, or is about to.
+pub(super) struct LongLine {
+    pub(super) file: File,
+    pub(super) length: u64,
+}
+
+/// What is done about a line without an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unfinished {
+    /// There is none.
+    No,
+    /// It is looked at in a while.
+    Waits,
+    /// It is taken out of the socket, however short it is.
+    Take,
 }
 
 /// The cluster side of a channel.
@@ -107,6 +137,8 @@ pub(super) enum Deadline {
     Flush(u64),
     /// Look whether a former supervisor's handle has been read; give up at the moment.
     Inherited(u64, Moment),
+    /// The beginning of a line has waited long enough.
+    Unfinished(u64),
     /// Enough waiting before a freeze.
     Freeze,
 }
@@ -124,7 +156,7 @@ pub(super) struct Dispatcher {
     pub(super) epoll: Epoll,
     wake: Arc<EventFd>,
     commands_rx: Receiver<Command>,
-    sink: Box<dyn Fn(DispatchEvent) + Send>,
+    pub(super) sink: Box<dyn Fn(DispatchEvent) + Send>,
     pub(super) channels: HashMap<u64, Channel>,
     by_id: HashMap<InstanceId, u64>,
     pub(super) apps: HashMap<u64, App>,
@@ -132,6 +164,12 @@ pub(super) struct Dispatcher {
     pub(super) sockets: HashMap<ListenerIx, ListeningSocket>,
     /// Which channel waits for a token.
     pub(super) tokens: HashMap<Token, u64>,
+    /// Which line of which channel waits for a token.
+    pub(super) placing: HashMap<Token, (u64, u64)>,
+    /// Where unanswered connections lie for the next supervisor.
+    pub(super) shelf: Option<Shelf>,
+    /// What lay there, and whose worker has not come yet.
+    found: Vec<(Record, Handle)>,
     deadlines: BTreeMap<(Moment, u64), Deadline>,
     /// Sockets of which every slot has one.
     pub(super) groups: HashMap<u64, Group>,
@@ -199,6 +237,9 @@ impl Dispatcher {
             unsteered: false,
             adopting: false,
             tokens: HashMap::new(),
+            placing: HashMap::new(),
+            shelf: None,
+            found: Vec::new(),
             deadlines: BTreeMap::new(),
             again: Vec::new(),
             flow: Flow::Running,
@@ -295,13 +336,21 @@ impl Dispatcher {
 
     fn perform(&mut self, command: Command) {
         match command {
+            Command::UseShelf { put, take } => {
+                let (shelf, found) = Shelf::adopt(put, take);
+                self.shelf = Some(shelf);
+                self.found = found;
+            }
+            Command::Adopted => {
+                self.adopting = false;
+                self.serve_found();
+            }
             Command::AddInstance(new) => self.add_instance(*new),
             Command::AdoptListener { app, listener } => {
                 let app = self.app(&app);
                 self.register_listener(app, listener);
                 self.adopting = true;
             }
-            Command::Adopted => self.adopting = false,
             Command::PutIn { id } => self.put_in(&id),
             Command::TakeOut { id } => self.take_out(&id),
             Command::AskKillListeners { id, signal } => {
@@ -355,7 +404,8 @@ impl Dispatcher {
         }
         let serial = self.next_serial();
         let is_adopted = adopted.is_some();
-        let Adopted { ready, open } = adopted.unwrap_or_default();
+        let Adopted { ready, open, inbox, lines: long } = adopted.unwrap_or_default();
+        let mut unanswered = Vec::new();
         let worker = match kind {
             ChannelKind::Plain => None,
             ChannelKind::Cluster { balance, configured } => {
@@ -367,8 +417,11 @@ impl Dispatcher {
                     if is_adopted {
                         app.primary.expect(WorkerIx(serial), self.now);
                     }
-                    for OpenListener { key, query } in open {
+                    for OpenListener { key, query, listening } in open {
                         if let Some(listener) = app.primary.listener(&key) {
+                            if !listening && is_adopted {
+                                unanswered.push((listener, query.clone()));
+                            }
                             app.primary.open(WorkerIx(serial), listener, query);
                         }
                     }
@@ -383,14 +436,18 @@ impl Dispatcher {
         }
         let interest = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
         let registered = self.epoll.add(&channel, EpollEvent::new(interest, Source::Channel(serial).pack()));
-        let outbox = if is_adopted { Outbox::inherited() } else { Outbox::default() };
+        let mut outbox = if is_adopted { Outbox::inherited() } else { Outbox::default() };
+        let next_long = long.last_key_value().map_or(0, |(number, _)| number + 1);
+        let long = self.adopt_long(&id, long, &mut outbox);
+        let (inbox, lines) = self.adopt_inbox(&id, inbox, channel.as_fd());
+        let inherited = self.inherit(&id, serial);
         self.channels.insert(
             serial,
             Channel {
                 id: id.clone(),
                 socket: channel,
                 worker,
-                lines: Lines::default(),
+                lines,
                 outbox,
                 awaiting: None,
                 marked: false,
@@ -401,6 +458,11 @@ impl Dispatcher {
                 accepted: 0,
                 probe: Weak::new(),
                 messages_lost: 0,
+                long,
+                next_long,
+                inbox,
+                unfinished: Unfinished::No,
+                inherited,
             },
         );
         self.by_id.insert(id, serial);
@@ -415,12 +477,99 @@ impl Dispatcher {
                 self.watch_all(app);
             }
             self.look_at_inherited(serial, self.now + INHERITED_WITHIN);
+            // The former supervisor may have been killed between the query and our answer; a second one is ignored.
+            for (listener, query) in unanswered {
+                self.grant(serial, listener, &query);
+            }
+            self.flush(serial);
         }
         if let Some(greeting) = agent {
             self.post(serial, messages::agent_hello(greeting), None);
             if balance == Some(Balance::LeastConnections) {
                 self.post(serial, messages::agent_watch(), None);
             }
+        }
+    }
+
+    fn adopt_long(
+        &self,
+        id: &InstanceId,
+        lines: BTreeMap<u64, OwnedFd>,
+        outbox: &mut Outbox<Handle>,
+    ) -> HashMap<u64, LongLine> {
+        let mut long = HashMap::new();
+        for (number, file) in lines {
+            let file = File::from(file);
+            let length = file.metadata().map_or(0, |metadata| metadata.len());
+            let left = scm::left_in_file(&file, length).unwrap_or(0);
+            if left == 0 {
+                // It had gone, and nobody had time to say so.
+                self.emit(DispatchEvent::LineGone { id: id.clone(), number });
+                continue;
+            }
+            outbox.adopt_kept(number, usize::try_from(length).unwrap_or(usize::MAX), length - left);
+            long.insert(number, LongLine { file, length });
+        }
+        long
+    }
+
+    fn adopt_inbox(
+        &mut self,
+        id: &InstanceId,
+        file: Option<OwnedFd>,
+        socket: BorrowedFd<'_>,
+    ) -> (Option<Inbox>, Lines) {
+        let Some(file) = file else { return (None, Lines::default()) };
+        match Inbox::adopt(file, socket, &mut self.scratch) {
+            Ok((inbox, lines)) => {
+                if inbox.skipped() > 0 {
+                    let (id, total) = (id.clone(), inbox.skipped());
+                    self.emit(DispatchEvent::LongLineSkipped { id, bytes: 0, total });
+                }
+                (Some(inbox), lines)
+            }
+            Err(error) => {
+                tracing::error!(%id, %error, "what was read of a message is lost");
+                (None, Lines::default())
+            }
+        }
+    }
+
+    /// The connections that a former supervisor had handed to this worker become ours.
+    fn inherit(&mut self, id: &InstanceId, serial: u64) -> Vec<u64> {
+        let Some(app) = self.app_serial(&id.app).and_then(|app| self.apps.get_mut(&app)) else {
+            return Vec::new();
+        };
+        let is_its = |record: &Record| {
+            let worker = record.to.as_ref().map(|(slot, generation, _)| (*slot, *generation));
+            record.app == id.app && worker == Some((id.slot, id.generation))
+        };
+        let mut inherited = Vec::new();
+        for (record, connection) in self.found.extract_if(.., |(record, _)| is_its(record)) {
+            let (Some((_, _, seq)), Some(listener)) = (record.to, app.primary.listener(&record.key)) else {
+                continue;
+            };
+            let client = client_behind(&app.primary, listener, &connection);
+            app.primary.inherit(WorkerIx(serial), listener, seq, connection, client, self.now);
+            inherited.push(seq);
+        }
+        inherited
+    }
+
+    /// What lay on the shelf for nobody, or for a worker that is no more, is anybody's.
+    fn serve_found(&mut self) {
+        for (record, connection) in std::mem::take(&mut self.found) {
+            let app_serial = self.app_serial(&record.app);
+            let app = app_serial.and_then(|app| self.apps.get_mut(&app));
+            let listener = app.as_ref().and_then(|app| app.primary.listener(&record.key));
+            if let Some((app, listener)) = app.zip(listener) {
+                let client = client_behind(&app.primary, listener, &connection);
+                app.primary.connection(listener, connection, client);
+                self.serve(listener);
+            }
+        }
+        if let Some(shelf) = &mut self.shelf {
+            shelf.discard_dropped();
         }
     }
 
@@ -478,7 +627,7 @@ impl Dispatcher {
         }
         let handle = Arc::new(socket);
         channel.probe = Arc::downgrade(&handle);
-        self.post(serial, messages::agent_probe(), Some(Handed { handle, newconn: None }));
+        self.post(serial, messages::agent_probe(), Some(Handed { handle, errand: Errand::Probe }));
     }
 
     /// Answers TakeOut when the number of unanswered connections says so.
@@ -519,6 +668,14 @@ impl Dispatcher {
                 Deadline::Accept(listener) => self.serve(listener),
                 Deadline::Flush(serial) => self.flush(serial),
                 Deadline::Inherited(serial, until) => self.look_at_inherited(serial, until),
+                Deadline::Unfinished(serial) => {
+                    if let Some(channel) = self.channels.get_mut(&serial)
+                        && channel.unfinished == Unfinished::Waits
+                    {
+                        channel.unfinished = Unfinished::Take;
+                        self.pump(serial);
+                    }
+                }
                 Deadline::Freeze => self.freeze(),
             }
         }
@@ -549,7 +706,9 @@ impl Dispatcher {
         let midway = self
             .channels
             .values()
-            .filter(|channel| channel.outbox.is_midway() || channel.lines.is_midway())
+            .filter(|channel| {
+                channel.outbox.is_midway() || (channel.lines.is_midway() && channel.inbox.is_none())
+            })
             .map(|channel| channel.id.clone())
             .collect();
         self.emit(DispatchEvent::Frozen { midway });
@@ -585,9 +744,17 @@ impl Dispatcher {
         // Explicitly: others hold the same open file description, so closing our descriptor would not unregister it.
         // Fails only for a channel that could not be registered.
         let _ = self.epoll.delete(&channel.socket);
+        self.placing.retain(|_, (of, _)| *of != serial);
         let Some(worker) = &channel.worker else { return };
         let touched = match self.apps.get_mut(&worker.app) {
-            Some(app) => app.primary.remove_worker(WorkerIx(serial)),
+            Some(app) => {
+                if let Some(shelf) = &mut self.shelf {
+                    for (_, connection) in app.primary.unanswered_connections(WorkerIx(serial)) {
+                        shelf.remove(connection);
+                    }
+                }
+                app.primary.remove_worker(WorkerIx(serial))
+            }
             None => Vec::new(),
         };
         for listener in touched {
@@ -667,6 +834,9 @@ impl Dispatcher {
 
     fn post_message(&mut self, id: &InstanceId, line: Vec<u8>) {
         let Some(serial) = self.by_id.get(id).copied() else { return };
+        if line.len() > scm::WHOLE_MAX {
+            return self.post_long(serial, &line, Author::User);
+        }
         let Some(channel) = self.channels.get_mut(&serial) else { return };
         if channel.outbox.push(line, None, Author::User).is_err() {
             self.emit(DispatchEvent::MessageDropped { id: id.clone() });
@@ -680,6 +850,9 @@ impl Dispatcher {
         let Some(channel) = self.channels.get_mut(&serial) else { return };
         if channel.marked {
             line.insert(0, messages::BUN_MARK);
+        }
+        if line.len() > scm::WHOLE_MAX && handed.is_none() {
+            return self.post_long(serial, &line, Author::Internal);
         }
         // Only a user's lines are refused.
         let _ = channel.outbox.push(line, handed, Author::Internal);
@@ -714,6 +887,16 @@ impl Dispatcher {
         stats.listeners.sort_by(|a, b| (&a.app, &a.key).cmp(&(&b.app, &b.key)));
         stats
     }
+}
+
+/// Stands for the client's address, where that counts.
+pub(super) fn client_behind(
+    primary: &Primary<Handle>,
+    listener: ListenerIx,
+    connection: &Handle,
+) -> Option<u64> {
+    let peer = if primary.is_sticky(listener) { reuseport::peer(connection.as_fd()) } else { None };
+    peer.map(|peer| client_of(peer.ip()))
 }
 
 fn clock() -> Moment {

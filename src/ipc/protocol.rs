@@ -236,6 +236,9 @@ pub enum Answer {
         daemon_pid: u32,
         /// The supervisor's pid.
         supervisor_pid: u32,
+        /// What people should know about the daemon.
+        #[serde(default)]
+        warnings: Vec<String>,
     },
     /// To `List`.
     List(ListView),

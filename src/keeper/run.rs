@@ -553,7 +553,7 @@ impl Keeper {
                     self.leave.get_or_insert(clock::now() + LEAVE_TIMEOUT);
                 }
             } else if self.forwarded.contains(&arrived.signal) {
-                // SIGHUP does not replace a request to end.
+                // The end of a terminal does not replace what somebody asked for.
                 if arrived.signal != libc::SIGHUP || self.terminate.is_none() {
                     self.terminate = Some(arrived.signal);
                 }
@@ -740,9 +740,6 @@ impl Keeper {
         }
         for signal in std::mem::take(&mut self.to_forward) {
             self.send(&FromKeeper::Terminate { signal });
-            if signal == libc::SIGHUP && self.terminate == Some(signal) {
-                self.terminate = None;
-            }
         }
         while let Supervisor::Alive(Alive { link: Some(link), .. }) = &self.supervisor
             && link.waiting() < QUEUE_MAX

@@ -45,12 +45,8 @@ mod tests {
     use super::*;
 
     fn check(out_file: Option<&str>, merged: bool, expected: &str) {
-        let rules = LogRules {
-            out_file: out_file.map(PathBuf::from),
-            error_file: None,
-            merge: None,
-            date_format: None,
-        };
+        let rules =
+            LogRules { out_file: out_file.map(PathBuf::from), error_file: None, ..LogRules::default() };
         let app = AppName::new("my app").unwrap();
         let paths = log_paths(Path::new("/home/logs"), &app, &rules, merged, PmId(7));
         assert_eq!(paths.out, PathBuf::from(expected));

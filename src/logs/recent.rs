@@ -7,6 +7,8 @@ const LIMIT: usize = KEPT + KEPT / 2;
 /// How many lines are handed out at most.
 pub const LINES_MAX: usize = 40;
 
+use super::journal::Dropped;
+
 /// Which of its two streams an instance wrote to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stream {
@@ -24,9 +26,49 @@ pub(crate) struct Recent {
     last: Option<Stream>,
     /// The first line lost its beginning.
     is_cut: bool,
+    /// What was dropped of each stream, as far as the pump has got.
+    dropped: [Dropped; 2],
+    /// What was dropped since.
+    losses: [Loss; 2],
+}
+
+/// Output that was taken from a full pipe and thrown away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Loss {
+    pub(crate) dropped: Dropped,
+    /// What comes next is the rest of a line.
+    pub(crate) ends_mid_line: bool,
 }
 
 impl Recent {
+    /// Counts what is thrown away.
+    pub(crate) fn lose(&mut self, stream: Stream, chunk: &[u8]) {
+        let loss = &mut self.losses[stream as usize];
+        loss.dropped.bytes += chunk.len() as u64;
+        loss.dropped.lines += memchr::memchr_iter(b'\n', chunk).count() as u64;
+        loss.ends_mid_line = chunk.last().is_some_and(|&last| last != b'\n');
+    }
+
+    /// What was thrown away since the last time.
+    pub(crate) fn take_loss(&mut self, stream: Stream) -> Option<Loss> {
+        let loss = std::mem::take(&mut self.losses[stream as usize]);
+        (loss.dropped.bytes > 0).then_some(loss)
+    }
+
+    /// What was dropped of a stream, but for what [`take_loss`](Self::take_loss) still gives.
+    pub(crate) const fn set_dropped(&mut self, stream: Stream, dropped: Dropped) {
+        self.dropped[stream as usize] = dropped;
+    }
+
+    /// Everything that was dropped of the instance's output.
+    pub(crate) fn dropped(&self) -> Dropped {
+        let all = self.dropped.iter().chain(self.losses.iter().map(|loss| &loss.dropped));
+        all.fold(Dropped::default(), |sum, next| Dropped {
+            bytes: sum.bytes + next.bytes,
+            lines: sum.lines + next.lines,
+        })
+    }
+
     /// Takes in what was read.
     pub(crate) fn push(&mut self, stream: Stream, chunk: &[u8]) {
         if self.last.is_some_and(|last| last != stream)

@@ -3,20 +3,23 @@
 //! The file is opened O_APPEND. That costs nothing and makes everything else that touches it harmless: after a
 //! `copytruncate` or `pm flush` the next write lands at the new end instead of behind a hole, and during an upgrade two
 //! supervisors cannot overwrite each other. There is one writer per path, so what has arrived of a batch can still be
-//! told from the file's size.
+//! told from the file's size ([`journal`](super::journal)).
 //!
 //! A full disk never stops an app: what cannot be written is dropped and counted, and the file says so as soon as it
 //! takes bytes again. A disk that hangs holds up the pump's thread and, once their pipes are full, the apps, as if they
 //! wrote their files themselves; it never holds up the driver.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::unistd::{Gid, Uid, fchown};
+
+use super::journal::{Destination, Journal, Lines, Piece, StreamKey};
+use crate::model::spec::Overflow;
 
 /// Log files are readable by their group, not by the world.
 const MODE: u32 = 0o640;
@@ -69,9 +72,6 @@ pub struct Trouble {
     pub dropped: u64,
 }
 
-/// Identifies a stream within the pump.
-pub(crate) type StreamKey = u64;
-
 /// Stands for whoever wrote before us. Keys of streams count up from 0.
 const SOMEBODY: StreamKey = StreamKey::MAX - 1;
 
@@ -80,13 +80,16 @@ const SOMEBODY: StreamKey = StreamKey::MAX - 1;
 #[must_use]
 pub(crate) enum Outcome {
     Written,
-    /// Some or all are lost; the caller skips to its next line start so that what follows is whole.
-    Dropped,
+    /// So many of the last bytes are lost; the caller skips to its next line start so that what follows is whole.
+    Dropped(usize),
+    /// So many of the first bytes are written, and the others are to be tried again.
+    Refused(usize),
 }
 
+/// An open file.
 #[derive(Debug)]
-struct Open {
-    file: File,
+pub(super) struct Open {
+    pub(super) file: File,
     /// Device and inode; `None` for anything but a regular file, which is never rotated.
     identity: Option<(u64, u64)>,
 }
@@ -130,8 +133,9 @@ impl Writer {
             reported: None,
             report: None,
         };
-        if let Err(error) = writer.reopen(now) {
-            writer.fail(&error, 0, now);
+        match open_file(&writer.path, writer.owner) {
+            Ok(open) => writer.open = Some(open),
+            Err(error) => writer.fail(&error, 0, now),
         }
         writer
     }
@@ -150,46 +154,158 @@ impl Writer {
         self.mid_line == Some(stream)
     }
 
-    /// Appends bytes of a stream. When the file ends in another stream's unfinished line, that line is ended first.
-    pub(crate) fn append(&mut self, stream: StreamKey, bytes: &[u8], now: Instant) -> Outcome {
-        if bytes.is_empty() {
-            return Outcome::Written;
-        }
-        if self.failure.is_some() && self.recover(now).is_err() {
-            return self.lose(bytes.len());
-        }
-        self.follow_rotation(now);
-        let mut rest = bytes;
-        if self.is_stale {
-            // The line that is open stays in the file where it began, if its end is at hand.
-            if self.mid_line == Some(stream)
-                && let Some(end) = memchr::memchr(b'\n', rest)
-            {
-                if let Err((error, written)) = self.write_all(stream, &rest[..=end]) {
-                    return self.fail_after(&error, rest.len() - written, now);
-                }
-                rest = &rest[end + 1..];
-            }
-            if let Err(error) = self.reopen(now) {
-                return self.fail_after(&error, rest.len(), now);
-            }
-        }
-        if self.mid_line.is_some_and(|other| other != stream)
-            && let Err((error, _)) = self.write_all(stream, b"\n")
+    /// The stream whose unfinished line is the end of the file, as the supervisor before this one left it.
+    pub(crate) fn goes_on(&mut self, stream: StreamKey) {
+        let Some(identity) = self.open.as_ref().and_then(|open| open.identity) else { return };
+        if self.mid_line.is_none_or(|other| other == SOMEBODY)
+            && ends_mid_line(&self.path, identity).unwrap_or(false)
         {
-            return self.fail_after(&error, rest.len(), now);
-        }
-        match self.write_all(stream, rest) {
-            Ok(()) => Outcome::Written,
-            Err((error, written)) => self.fail_after(&error, rest.len() - written, now),
+            self.mid_line = Some(stream);
         }
     }
 
+    /// Appends bytes of a stream. When the file ends in another stream's unfinished line, that line is ended first.
+    pub(crate) fn append(
+        &mut self,
+        journal: &mut Journal,
+        stream: StreamKey,
+        piece: Piece,
+        overflow: Overflow,
+        now: Instant,
+    ) -> Outcome {
+        if piece.is_empty() {
+            return Outcome::Written;
+        }
+        if self.failure.is_some() && self.recover(journal, piece, now).is_err() {
+            return match overflow {
+                Overflow::Drop => self.lose(piece.len()),
+                Overflow::Block => Outcome::Refused(0),
+            };
+        }
+        let before = self.mid_line;
+        self.follow_rotation(now);
+        let mut rest = piece;
+        if self.is_stale {
+            // The line that is open stays in the file where it began, if its end is at hand.
+            if self.mid_line == Some(stream)
+                && let Some(end) = memchr::memchr(b'\n', journal.bytes(rest))
+            {
+                let (first, others) = rest.split(end + 1);
+                if let Err((error, written)) = self.write(journal, Some(stream), first) {
+                    return match overflow {
+                        Overflow::Drop => self.fail_after(&error, rest.len() - written, now),
+                        Overflow::Block => self.refuse(journal, &error, first, written, before, now),
+                    };
+                }
+                rest = others;
+            }
+            if let Err(error) = self.reopen(journal, now) {
+                // What was stamped and is half written has no way back.
+                let must_drop = overflow == Overflow::Drop || piece.is_stamped() && rest.len() < piece.len();
+                return match must_drop {
+                    true => self.fail_after(&error, rest.len(), now),
+                    false => {
+                        self.fail(&error, 0, now);
+                        Outcome::Refused(piece.len() - rest.len())
+                    }
+                };
+            }
+        }
+        let overflow = match overflow {
+            Overflow::Block if piece.is_stamped() && rest.len() < piece.len() => Overflow::Drop,
+            overflow => overflow,
+        };
+        let first = piece.len() - rest.len();
+        if self.mid_line.is_some_and(|other| other != stream) {
+            let newline = journal.note(b"\n", rest);
+            if let Err((error, _)) = self.write(journal, None, newline) {
+                return match overflow {
+                    Overflow::Drop => self.fail_after(&error, rest.len(), now),
+                    Overflow::Block => {
+                        self.fail(&error, 0, now);
+                        Outcome::Refused(first)
+                    }
+                };
+            }
+        }
+        let before = self.mid_line;
+        match (self.write(journal, Some(stream), rest), overflow) {
+            (Ok(()), _) => Outcome::Written,
+            (Err((error, written)), Overflow::Drop) => self.fail_after(&error, rest.len() - written, now),
+            (Err((error, written)), Overflow::Block) => {
+                match self.refuse(journal, &error, rest, written, before, now) {
+                    Outcome::Refused(written) => Outcome::Refused(first + written),
+                    other => other,
+                }
+            }
+        }
+    }
+
+    /// The rest of a piece is to be tried again. What is stamped is taken back: how far a part of it reaches in what has
+    /// arrived is not known.
+    fn refuse(
+        &mut self,
+        journal: &Journal,
+        error: &io::Error,
+        piece: Piece,
+        written: usize,
+        before: Option<StreamKey>,
+        now: Instant,
+    ) -> Outcome {
+        self.fail(error, 0, now);
+        if written == 0 || !piece.is_stamped() {
+            return Outcome::Refused(written);
+        }
+        let undone = self.open.as_ref().map_or(Ok(()), |open| {
+            let size = open.file.metadata()?.len();
+            open.file.set_len(size.saturating_sub(written as u64))
+        });
+        if undone.is_err() {
+            return self.fail_after(error, piece.len() - written, now);
+        }
+        if let Some(stream) = self.mid_line {
+            journal.set_mid_line(stream, false);
+        }
+        if let Some(stream) = before {
+            journal.set_mid_line(stream, true);
+        }
+        self.mid_line = before;
+        Outcome::Refused(0)
+    }
+
+    /// Output was thrown away because the disk is slow; the file says so before anything else.
+    pub(crate) fn lose_to_slowness(&mut self, lost: u64, now: Instant) {
+        let dropped = self.failure.as_ref().map_or(0, |failure| failure.dropped) + lost;
+        self.dropped_ever += lost;
+        self.note_failure("the disk is slower than the output", dropped, now, now);
+    }
+
+    /// Says in the file what is missing, if it takes anything by now.
+    pub(crate) fn say_losses(&mut self, journal: &mut Journal, now: Instant) {
+        let is_due =
+            self.failure.as_ref().is_some_and(|failure| failure.dropped > 0 && failure.retry_at <= now);
+        if is_due {
+            journal.resume(StreamKey::MAX, &[]);
+            let nothing = Journal::as_arrived(&journal.range());
+            // It is tried again.
+            let _ = self.recover(journal, nothing, now);
+            let end = journal.range().end;
+            journal.done(end..end);
+        }
+    }
+
+    /// Whether there is something to be said that the file has not taken.
+    pub(crate) fn owes_notice(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.dropped > 0)
+    }
+
     /// Closes the file and opens its path again, whatever is there now. The old file stays open when that fails.
-    pub(crate) fn reopen(&mut self, now: Instant) -> io::Result<()> {
-        let open = open(&self.path, self.owner)?;
-        if self.open.as_ref().is_none_or(|old| old.identity.is_none() || old.identity != open.identity) {
-            self.mid_line = None;
+    pub(crate) fn reopen(&mut self, journal: &Journal, now: Instant) -> io::Result<()> {
+        let open = open_file(&self.path, self.owner)?;
+        if self.open.as_ref().is_none_or(|old| old.identity.is_none() || old.identity != open.identity)
+            && let Some(stream) = self.mid_line.take()
+        {
+            journal.set_mid_line(stream, false);
         }
         self.open = Some(open);
         self.checked = now;
@@ -223,7 +339,7 @@ impl Writer {
         self.is_stale = at_path.ok() != Some(identity);
     }
 
-    fn recover(&mut self, now: Instant) -> io::Result<()> {
+    fn recover(&mut self, journal: &mut Journal, before: Piece, now: Instant) -> io::Result<()> {
         let Some(failure) = &self.failure else { return Ok(()) };
         if now < failure.retry_at {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -232,10 +348,12 @@ impl Writer {
             let newline = if self.mid_line.is_some() { "\n" } else { "" };
             format!("{newline}[pm] {} bytes of output were lost here: {}\n", failure.dropped, failure.reason)
         });
-        let attempt = if self.open.is_none() { self.reopen(now) } else { Ok(()) };
+        let attempt = if self.open.is_none() { self.reopen(journal, now) } else { Ok(()) };
         let attempt = attempt.and_then(|()| match notice {
-            // Belongs to no stream, and ends its line.
-            Some(notice) => self.write_all(StreamKey::MAX, notice.as_bytes()).map_err(|(error, _)| error),
+            Some(notice) => {
+                let notice = journal.note(notice.as_bytes(), before);
+                self.write(journal, None, notice).map_err(|(error, _)| error)
+            }
             None => Ok(()),
         });
         match attempt {
@@ -245,40 +363,44 @@ impl Writer {
         attempt
     }
 
-    /// Writes everything, or says how far it came.
-    fn write_all(&mut self, stream: StreamKey, bytes: &[u8]) -> Result<(), (io::Error, usize)> {
-        let Some(open) = &mut self.open else { return Err((io::ErrorKind::NotFound.into(), 0)) };
-        let mut written = 0;
-        let result = loop {
-            if written == bytes.len() {
-                break Ok(());
-            }
-            match open.file.write(&bytes[written..]) {
-                Ok(0) => break Err((io::ErrorKind::WriteZero.into(), written)),
-                Ok(count) => written += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break Err((error, written)),
-            }
-        };
-        if let Some(&last) = bytes[..written].last() {
-            self.mid_line = (last != b'\n').then_some(stream);
+    /// Writes everything, or says how far it came. What belongs to no stream ends the line that is open.
+    fn write(
+        &mut self,
+        journal: &mut Journal,
+        owner: Option<StreamKey>,
+        piece: Piece,
+    ) -> Result<(), (io::Error, usize)> {
+        if piece.is_empty() {
+            return Ok(());
+        }
+        let Some(open) = &self.open else { return Err((io::ErrorKind::NotFound.into(), 0)) };
+        let to = Destination { file: &open.file, path: &self.path, identity: open.identity };
+        let ends = self.mid_line.filter(|&other| Some(other) != owner);
+        let result = journal.write(to, piece, Lines { owner, ends });
+        let written = result.as_ref().map_or_else(|(_, written)| *written, |()| piece.len());
+        if let Some(last) = written.checked_sub(1).map(|last| journal.bytes(piece)[last]) {
+            self.mid_line = (last != b'\n').then_some(owner.unwrap_or(SOMEBODY));
         }
         result
     }
 
     fn fail_after(&mut self, error: &io::Error, lost: usize, now: Instant) -> Outcome {
         self.fail(error, lost, now);
-        Outcome::Dropped
+        Outcome::Dropped(lost)
     }
 
     fn fail(&mut self, error: &io::Error, lost: usize, now: Instant) {
         let lost = lost as u64;
         let dropped = self.failure.as_ref().map_or(0, |failure| failure.dropped) + lost;
         self.dropped_ever += lost;
-        self.failure = Some(Failure { reason: error.to_string(), dropped, retry_at: now + RETRY });
+        self.note_failure(&error.to_string(), dropped, now + RETRY, now);
+    }
+
+    fn note_failure(&mut self, reason: &str, dropped: u64, retry_at: Instant, now: Instant) {
+        self.failure = Some(Failure { reason: reason.to_owned(), dropped, retry_at });
         if self.reported.is_none_or(|at| now.saturating_duration_since(at) >= REPORT_EVERY) {
             self.reported = Some(now);
-            self.report = Some(Trouble { path: self.path.clone(), reason: error.to_string(), dropped });
+            self.report = Some(Trouble { path: self.path.clone(), reason: reason.to_owned(), dropped });
         }
     }
 
@@ -287,7 +409,7 @@ impl Writer {
             failure.dropped += count as u64;
         }
         self.dropped_ever += count as u64;
-        Outcome::Dropped
+        Outcome::Dropped(count)
     }
 }
 
@@ -295,7 +417,7 @@ impl Writer {
 ///
 /// O_NONBLOCK means nothing for a regular file; it keeps a FIFO without a reader, or a terminal that is held, from
 /// blocking every app's output.
-fn open(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
+pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if may_be_link(path) { 0 } else { libc::O_NOFOLLOW };
     let mut options = OpenOptions::new();
     options.append(true).mode(MODE).custom_flags(flags);
@@ -354,6 +476,27 @@ mod tests {
 
     use super::*;
 
+    /// A writer and the memory that its streams are in.
+    struct Desk {
+        writer: Writer,
+        journal: Journal,
+    }
+
+    impl Desk {
+        fn new(path: PathBuf, now: Instant) -> Self {
+            Self { writer: Writer::new(path, None, now), journal: Journal::private().unwrap() }
+        }
+
+        fn append(&mut self, stream: StreamKey, bytes: &[u8], now: Instant) -> Outcome {
+            self.journal.resume(stream, bytes);
+            let all = self.journal.range();
+            let piece = Journal::as_arrived(&all);
+            let outcome = self.writer.append(&mut self.journal, stream, piece, Overflow::Drop, now);
+            self.journal.done(all.end..all.end);
+            outcome
+        }
+    }
+
     fn later(now: Instant) -> Instant {
         now + Duration::from_secs(2)
     }
@@ -363,8 +506,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b/x.log");
         let now = Instant::now();
-        let mut writer = Writer::new(path.clone(), None, now);
-        assert_eq!(writer.append(1, b"hello\n", now), Outcome::Written);
+        let mut desk = Desk::new(path.clone(), now);
+        assert_eq!(desk.append(1, b"hello\n", now), Outcome::Written);
         assert_eq!(fs::read(&path).unwrap(), b"hello\n");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7137, 0, "at most 0640");
     }
@@ -376,15 +519,15 @@ mod tests {
         fs::write(&victim, "precious").unwrap();
         std::os::unix::fs::symlink(&victim, &link).unwrap();
         let now = Instant::now();
-        let mut writer = Writer::new(link, None, now);
-        assert_eq!(writer.append(1, b"gotcha\n", later(now)), Outcome::Dropped);
-        assert_eq!(writer.take_dropped(), 7);
-        assert!(writer.take_report().is_some());
+        let mut desk = Desk::new(link, now);
+        assert_eq!(desk.append(1, b"gotcha\n", later(now)), Outcome::Dropped(7));
+        assert_eq!(desk.writer.take_dropped(), 7);
+        assert!(desk.writer.take_report().is_some());
         assert_eq!(fs::read(&victim).unwrap(), b"precious");
 
-        let mut writer = Writer::new("/dev/fd/2".into(), None, now);
-        assert!(writer.take_report().is_none());
-        assert_eq!(writer.append(1, b"", now), Outcome::Written);
+        let mut desk = Desk::new("/dev/fd/2".into(), now);
+        assert!(desk.writer.take_report().is_none());
+        assert_eq!(desk.append(1, b"", now), Outcome::Written);
     }
 
     #[test]
@@ -392,10 +535,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.log");
         let now = Instant::now();
-        let mut writer = Writer::new(path.clone(), None, now);
+        let mut desk = Desk::new(path.clone(), now);
         for (stream, bytes) in [(1, &b"pa"[..]), (1, b"rt"), (2, b"whole\n"), (1, b" rest\n"), (2, b"end\n")]
         {
-            assert_eq!(writer.append(stream, bytes, now), Outcome::Written);
+            assert_eq!(desk.append(stream, bytes, now), Outcome::Written);
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), "part\nwhole\n rest\nend\n");
     }
@@ -409,9 +552,9 @@ mod tests {
             [("last wor", "last wor\nfirst\n"), ("done\n", "done\nfirst\n"), ("", "first\n")]
         {
             fs::write(&path, before).unwrap();
-            let mut writer = Writer::new(path.clone(), None, now);
-            writer.begin_line();
-            assert_eq!(writer.append(1, b"first\n", now), Outcome::Written);
+            let mut desk = Desk::new(path.clone(), now);
+            desk.writer.begin_line();
+            assert_eq!(desk.append(1, b"first\n", now), Outcome::Written);
             assert_eq!(fs::read_to_string(&path).unwrap(), expected);
         }
     }
@@ -434,10 +577,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, old) = (dir.path().join("x.log"), dir.path().join("x.log.1"));
         let now = Instant::now();
-        let mut writer = Writer::new(path.clone(), None, now);
-        let _ = writer.append(1, b"one\ntw", now);
+        let mut desk = Desk::new(path.clone(), now);
+        let _ = desk.append(1, b"one\ntw", now);
         fs::rename(&path, &old).unwrap();
-        let _ = writer.append(1, b"o\nthree\n", later(now));
+        let _ = desk.append(1, b"o\nthree\n", later(now));
         assert_eq!(fs::read_to_string(&old).unwrap(), "one\ntwo\n");
         assert_eq!(fs::read_to_string(&path).unwrap(), "three\n");
     }
@@ -447,10 +590,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.log");
         let now = Instant::now();
-        let mut writer = Writer::new(path.clone(), None, now);
-        let _ = writer.append(1, b"one\n", now);
+        let mut desk = Desk::new(path.clone(), now);
+        let _ = desk.append(1, b"one\n", now);
         File::create(&path).unwrap();
-        let _ = writer.append(1, b"two\n", now);
+        let _ = desk.append(1, b"two\n", now);
         assert_eq!(fs::read_to_string(&path).unwrap(), "two\n");
     }
 
@@ -462,22 +605,25 @@ mod tests {
         mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         let mut now = Instant::now();
-        let mut writer = Writer::new(path, None, now);
+        let mut desk = Desk::new(path, now);
         let mut line = vec![b'x'; 1023];
         line.push(b'\n');
         let mut lost = 0;
         for _ in 0..1024 {
-            if writer.append(1, &line, now) == Outcome::Dropped {
+            if desk.append(1, &line, now) != Outcome::Written {
                 lost += 1;
             }
         }
         assert!(lost > 0);
-        assert_eq!(writer.take_report().unwrap().reason, "Resource temporarily unavailable (os error 11)");
+        assert_eq!(
+            desk.writer.take_report().unwrap().reason,
+            "Resource temporarily unavailable (os error 11)"
+        );
         let mut text = Vec::new();
         let _ = reader.read_to_end(&mut text);
         now = later(now);
-        assert_eq!(writer.append(1, b"after\n", now), Outcome::Written);
-        let dropped = writer.take_dropped();
+        assert_eq!(desk.append(1, b"after\n", now), Outcome::Written);
+        let dropped = desk.writer.take_dropped();
         text.clear();
         let _ = reader.read_to_end(&mut text);
         let text = String::from_utf8(text).unwrap();

@@ -123,7 +123,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
                 reserve,
                 overlap,
             },
-        logs: LogRules { out_file, error_file, merge, date_format },
+        logs: LogRules { out_file, error_file, merge, date_format, overflow },
         health,
         hooks: Hooks { pre_start, pre_reload, post_stop, on_errored },
         depends_on,
@@ -195,6 +195,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("error_file", Rule, error_file.as_ref().map(|file| path(file)));
     list.set("merge_logs", Rule, merge.and_then(yes));
     list.set("log_date_format", Rule, date_format.clone());
+    list.set("log_overflow", Rule, Some(overflow.to_string()));
     list.set("stdin", Process, Some(stdin.to_string()));
     for (key, hook) in [
         ("pre_start", pre_start),

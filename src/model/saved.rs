@@ -287,4 +287,6 @@ pub struct Found {
     pub pid: u32,
     /// How it ended, if it has; its process is still a zombie.
     pub exited: Option<ExitReason>,
+    /// Its kill signal was sent, not only decided on.
+    pub signalled: bool,
 }

@@ -631,6 +631,20 @@ pub struct LogRules {
     /// A time stamp `<stamp>: ` before each line, in dayjs's format language; `time = true` is
     /// `YYYY-MM-DDTHH:mm:ss`.
     pub date_format: Option<String>,
+    /// What happens to output that a file does not take, or not as fast as it comes.
+    #[serde(default)]
+    pub overflow: Overflow,
+}
+
+/// What happens to output that a log file does not take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Overflow {
+    /// It is dropped and counted; the app goes on.
+    #[default]
+    Drop,
+    /// The app waits.
+    Block,
 }
 
 /// What an instance reads from descriptor 0.
@@ -683,6 +697,7 @@ words! {
     Strategy { Rolling = "rolling", BlueGreen = "blue-green" }
     OnFailure { Rollback = "rollback", Abort = "abort" }
     Stdin { Pipe = "pipe", Null = "null" }
+    Overflow { Drop = "drop", Block = "block" }
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ pub const LINE_LIMIT: u64 = 16 * 1024 * 1024;
 /// How much of a line is kept. Control lines are far shorter; of longer user messages this much is shown.
 pub const LINE_KEPT: usize = 64 * 1024;
 
-/// An incomplete line below this length stays in the socket, where the next supervisor finds it whole.
+/// An incomplete line below this length stays in the socket, where the next supervisor finds it whole. Node writes up to
+/// 36,000 bytes in one piece.
 const LEFT_IN_SOCKET: usize = 8 * 1024;
 
 /// How many bytes of user messages wait for a worker that does not read.
@@ -42,21 +43,27 @@ pub enum Piece<'a> {
         /// Its true length.
         length: u64,
     },
-    /// No newline yet.
+    /// No newline yet; the line stays in the socket.
     Incomplete,
+    /// No newline yet, and too much to stay: what is here is to be kept ([`Lines::keep`]) and consumed.
+    Long,
 }
 
 impl Lines {
-    /// Takes the first line of what was peeked. The number says how many bytes of `seen` belong to the piece; after
-    /// [`Piece::Incomplete`] they must be consumed, after a line they may also stay and be seen again, provided the line
-    /// was whole in `seen` (see [`Lines::is_midway`]).
+    /// The line of which a former supervisor had consumed the beginning.
+    #[must_use]
+    pub const fn resumed(head: Vec<u8>, consumed: u64) -> Self {
+        Self { head, consumed }
+    }
+
+    /// Takes the first line of what was peeked. The number says how many bytes of `seen` belong to the piece. After
+    /// a line they may also stay and be seen again, provided the line was whole in `seen` (see [`Lines::is_midway`]).
     pub fn first<'a>(&mut self, seen: &'a [u8]) -> (usize, Piece<'a>) {
         let Some(newline) = seen.iter().position(|byte| *byte == b'\n') else {
-            if seen.len() < LEFT_IN_SOCKET && self.consumed == 0 {
+            if seen.is_empty() || (seen.len() < LEFT_IN_SOCKET && self.consumed == 0) {
                 return (0, Piece::Incomplete);
             }
-            self.keep(seen);
-            return (seen.len(), Piece::Incomplete);
+            return (seen.len(), Piece::Long);
         };
         if self.consumed == 0 {
             let line = &seen[..newline];
@@ -72,9 +79,10 @@ impl Lines {
         (newline + 1, Piece::Line { bytes: Cow::Owned(head), length })
     }
 
-    /// Keeps the head of a line whose rest is not to be seen before these bytes are consumed.
-    pub fn keep_head(&mut self, seen: &[u8]) {
-        self.keep(seen);
+    /// How many bytes of the current line are consumed, and its head, as far as it is kept.
+    #[must_use]
+    pub fn kept(&self) -> (u64, &[u8]) {
+        (self.consumed, &self.head)
     }
 
     /// Whether the head of the current line is consumed already.
@@ -83,7 +91,8 @@ impl Lines {
         self.consumed > 0
     }
 
-    fn keep(&mut self, bytes: &[u8]) {
+    /// Keeps the head of a line of which these bytes are about to be consumed.
+    pub fn keep(&mut self, bytes: &[u8]) {
         let room = LINE_KEPT.saturating_sub(self.head.len()).min(bytes.len());
         self.head.extend_from_slice(&bytes[..room]);
         self.consumed += bytes.len() as u64;
@@ -95,9 +104,38 @@ impl Lines {
 pub struct Handed<H> {
     /// What is passed; held until the worker has answered, since some kernels lose a descriptor in flight otherwise.
     pub handle: H,
-    /// The sequence number of the `newconn` it belongs to; `None` for a shared listener.
-    pub newconn: Option<u64>,
+    /// What it is for.
+    pub errand: Errand,
 }
+
+/// What a handle is passed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Errand {
+    /// A connection, with the `newconn` of this number.
+    Newconn(u64),
+    /// A shared listener, in answer to the query of this number.
+    Grant(u64),
+    /// A probe's connection, for the agent.
+    Probe,
+}
+
+/// What follows when a handle did not reach the worker.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Nacked {
+    /// It is not known which; a former supervisor's.
+    Unknown,
+    /// The connection of this `newconn` goes to anybody.
+    Newconn(u64),
+    /// It is sent again, as a Node primary does.
+    Again,
+    /// It was sent again often enough: the query of this number fails.
+    Refuse(u64),
+    /// Nothing.
+    Dropped,
+}
+
+/// How often a handle that is for this worker alone is sent again (Node: `MAX_HANDLE_RETRANSMISSIONS`).
+const RETRANSMISSIONS: u8 = 3;
 
 /// Who wrote a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,9 +148,33 @@ pub enum Author {
 
 #[derive(Debug)]
 struct Line<H> {
-    bytes: Vec<u8>,
+    body: Body,
     handed: Option<Handed<H>>,
     author: Author,
+    /// How often its handle was refused.
+    refused: u8,
+}
+
+#[derive(Debug)]
+enum Body {
+    /// So short that it goes whole or not at all.
+    Here(Vec<u8>),
+    /// In a file of this number, which knows how much of it has gone.
+    Kept {
+        number: u64,
+        length: usize,
+        /// The keeper has the file: whatever happens to us, somebody goes on with it.
+        placed: bool,
+    },
+}
+
+impl Body {
+    fn len(&self) -> usize {
+        match self {
+            Self::Here(bytes) => bytes.len(),
+            Self::Kept { length, .. } => *length,
+        }
+    }
 }
 
 /// The worker does not read its messages.
@@ -131,8 +193,8 @@ pub struct Outbox<H> {
     queue: VecDeque<Line<H>>,
     /// How much of the front of `urgent` (`Midway::Urgent`) or `queue` has gone.
     midway: Midway,
-    /// Sent and not answered.
-    in_flight: Option<Handed<H>>,
+    /// Sent and not answered, with its line if it may have to go again.
+    in_flight: Option<Flying<H>>,
     /// A handle may be in flight that a former supervisor sent.
     inherited: bool,
     user_bytes: usize,
@@ -140,11 +202,20 @@ pub struct Outbox<H> {
     spare: Vec<u8>,
 }
 
+#[derive(Debug)]
+struct Flying<H> {
+    handed: Handed<H>,
+    line: Option<Vec<u8>>,
+    refused: u8,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Midway {
     No,
     Urgent(usize),
     Queue(usize),
+    /// Of a line that a file has.
+    Kept,
 }
 
 impl<H> Default for Outbox<H> {
@@ -184,8 +255,86 @@ impl<H> Outbox<H> {
             }
             self.user_bytes += bytes.len();
         }
-        self.queue.push_back(Line { bytes, handed, author });
+        self.queue.push_back(Line { body: Body::Here(bytes), handed, author, refused: 0 });
         Ok(())
+    }
+
+    /// Queues a line that is in a file; it goes when the keeper has that too ([`Outbox::placed`]).
+    ///
+    /// # Errors
+    /// As [`Outbox::push`].
+    pub fn push_kept(&mut self, number: u64, length: usize, author: Author) -> Result<(), Full> {
+        if author == Author::User {
+            if self.user_bytes > 0 && self.user_bytes + length > USER_BACKLOG {
+                return Err(Full);
+            }
+            self.user_bytes += length;
+        }
+        let body = Body::Kept { number, length, placed: false };
+        self.queue.push_back(Line { body, handed: None, author, refused: 0 });
+        Ok(())
+    }
+
+    /// Queues a line that a former supervisor had put into a file, `sent` bytes of which have gone. In their order, and
+    /// before everything else.
+    pub fn adopt_kept(&mut self, number: u64, length: usize, sent: u64) {
+        if sent > 0 && self.queue.is_empty() {
+            self.midway = Midway::Kept;
+            // It would not have been begun behind an unanswered handle.
+            self.inherited = false;
+        }
+        self.user_bytes += length;
+        let body = Body::Kept { number, length, placed: true };
+        self.queue.push_back(Line { body, handed: None, author: Author::User, refused: 0 });
+    }
+
+    /// The keeper has the file of this line.
+    pub fn placed(&mut self, wanted: u64) {
+        for line in &mut self.queue {
+            if let Body::Kept { number, placed, .. } = &mut line.body
+                && *number == wanted
+            {
+                *placed = true;
+            }
+        }
+    }
+
+    /// The line of this number will not be sent: the keeper cannot have its file.
+    pub fn unplaced(&mut self, wanted: u64) {
+        let is_it = |line: &Line<H>| matches!(line.body, Body::Kept { number, .. } if number == wanted);
+        if let Some(place) = self.queue.iter().position(is_it) {
+            self.forget_line(place);
+        }
+    }
+
+    /// The number of the line in a file whose turn it is.
+    #[must_use]
+    pub fn kept(&self) -> Option<u64> {
+        let begun = self.midway == Midway::Kept;
+        let may_begin = self.midway == Midway::No && self.urgent.is_empty() && !self.is_handle_pending();
+        match self.queue.front()?.body {
+            Body::Kept { number, placed: true, .. } if begun || may_begin => Some(number),
+            _ => None,
+        }
+    }
+
+    /// So many bytes of the line in a file have not gone yet.
+    pub fn kept_sent(&mut self, left: u64) {
+        if left > 0 {
+            let length = self.queue.front().map_or(0, |line| line.body.len() as u64);
+            self.midway = if left < length { Midway::Kept } else { Midway::No };
+            return;
+        }
+        self.midway = Midway::No;
+        self.forget_line(0);
+    }
+
+    fn forget_line(&mut self, place: usize) {
+        if let Some(line) = self.queue.remove(place)
+            && line.author == Author::User
+        {
+            self.user_bytes -= line.body.len();
+        }
     }
 
     /// Queues an answer to the worker's own handle, before everything else.
@@ -199,7 +348,11 @@ impl<H> Outbox<H> {
         match self.midway {
             Midway::Urgent(sent) => self.urgent.front().map(|bytes| (&bytes[sent..], None)),
             // The handle went with the first part.
-            Midway::Queue(sent) => self.queue.front().map(|line| (&line.bytes[sent..], None)),
+            Midway::Queue(sent) => match &self.queue.front()?.body {
+                Body::Here(bytes) => Some((&bytes[sent..], None)),
+                Body::Kept { .. } => None,
+            },
+            Midway::Kept => None,
             Midway::No => {
                 if let Some(bytes) = self.urgent.front() {
                     return Some((bytes, None));
@@ -207,9 +360,13 @@ impl<H> Outbox<H> {
                 if self.is_handle_pending() {
                     return None;
                 }
-                self.queue
-                    .front()
-                    .map(|line| (line.bytes.as_slice(), line.handed.as_ref().map(|handed| &handed.handle)))
+                let line = self.queue.front()?;
+                match &line.body {
+                    Body::Here(bytes) => {
+                        Some((bytes.as_slice(), line.handed.as_ref().map(|handed| &handed.handle)))
+                    }
+                    Body::Kept { .. } => None,
+                }
             }
         }
     }
@@ -229,19 +386,24 @@ impl<H> Outbox<H> {
         }
         let before = if let Midway::Queue(before) = self.midway { before } else { 0 };
         let Some(line) = self.queue.front_mut() else { return };
+        let Body::Here(bytes) = &line.body else { return };
         if let Some(handed) = line.handed.take() {
-            self.in_flight = Some(handed);
+            let again = !matches!(handed.errand, Errand::Newconn(_));
+            let line_again = again.then(|| bytes.clone());
+            self.in_flight = Some(Flying { handed, line: line_again, refused: line.refused });
         }
-        if before + count < line.bytes.len() {
+        if before + count < bytes.len() {
             self.midway = Midway::Queue(before + count);
             return;
         }
         self.midway = Midway::No;
         if let Some(line) = self.queue.pop_front() {
             if line.author == Author::User {
-                self.user_bytes -= line.bytes.len();
+                self.user_bytes -= line.body.len();
             }
-            self.recycle(line.bytes);
+            if let Body::Here(bytes) = line.body {
+                self.recycle(bytes);
+            }
         }
     }
 
@@ -260,10 +422,49 @@ impl<H> Outbox<H> {
         }
     }
 
-    /// An ACK or NACK has come: returns the handle it answers, and lets the queue go on.
+    /// An ACK has come: returns the handle it answers, and lets the queue go on.
     pub fn answered(&mut self) -> Option<Handed<H>> {
         self.inherited = false;
-        self.in_flight.take()
+        Some(self.in_flight.take()?.handed)
+    }
+
+    /// A NACK has come: the worker got the line without the handle (it has no descriptor left, or no memory).
+    pub fn nacked(&mut self) -> Nacked {
+        self.inherited = false;
+        let Some(Flying { handed, line, refused }) = self.in_flight.take() else { return Nacked::Unknown };
+        match (handed.errand, line) {
+            (Errand::Newconn(seq), _) => Nacked::Newconn(seq),
+            (Errand::Grant(_), Some(bytes)) if refused < RETRANSMISSIONS => {
+                let body = Body::Here(bytes);
+                let line =
+                    Line { body, handed: Some(handed), author: Author::Internal, refused: refused + 1 };
+                // Before everything else; a line that has gone in part is finished first.
+                self.queue.insert(usize::from(self.midway != Midway::No), line);
+                Nacked::Again
+            }
+            (Errand::Grant(seq), _) => Nacked::Refuse(seq),
+            (Errand::Probe, _) => Nacked::Dropped,
+        }
+    }
+
+    /// The number of the `newconn` whose handle is on its way and unanswered.
+    #[must_use]
+    pub fn newconn_in_flight(&self) -> Option<u64> {
+        match self.in_flight.as_ref()?.handed.errand {
+            Errand::Newconn(seq) => Some(seq),
+            Errand::Grant(_) | Errand::Probe => None,
+        }
+    }
+
+    /// The handle that would go next.
+    #[must_use]
+    pub fn next_handed(&self) -> Option<&Handed<H>> {
+        match self.midway {
+            Midway::No if self.urgent.is_empty() && !self.is_handle_pending() => {
+                self.queue.front()?.handed.as_ref()
+            }
+            _ => None,
+        }
     }
 
     /// Whether a handle is on its way and unanswered.
@@ -278,10 +479,10 @@ impl<H> Outbox<H> {
         self.inherited
     }
 
-    /// Whether a line has gone in part, so that nobody else may write to the channel.
+    /// Whether a line has gone in part whose rest only this process has.
     #[must_use]
     pub fn is_midway(&self) -> bool {
-        self.midway != Midway::No
+        !matches!(self.midway, Midway::No | Midway::Kept)
     }
 
     /// How many lines wait.
@@ -324,10 +525,8 @@ mod tests {
                 match piece {
                     Piece::Line { bytes, length } => found.push((bytes.into_owned(), length)),
                     Piece::Skipped { length } => found.push((Vec::new(), length)),
-                    Piece::Incomplete => {
-                        socket.drain(..used);
-                        break;
-                    }
+                    Piece::Long => lines.keep(&socket[..used]),
+                    Piece::Incomplete => break,
                 }
                 socket.drain(..used);
             }
@@ -366,7 +565,7 @@ mod tests {
                     1 => {
                         let line = format!("h{count}\n");
                         expected.extend_from_slice(line.as_bytes());
-                        let handed = Handed { handle: count, newconn: None };
+                        let handed = Handed { handle: count, errand: Errand::Probe };
                         outbox.push(line.into_bytes(), Some(handed), Author::Internal).unwrap();
                         count += 1;
                     }
@@ -430,7 +629,11 @@ mod tests {
     fn nothing_passes_a_pending_handle_but_an_answer_of_ours() {
         let mut outbox: Outbox<u8> = Outbox::default();
         outbox
-            .push(b"handle\n".to_vec(), Some(Handed { handle: 1, newconn: Some(7) }), Author::Internal)
+            .push(
+                b"handle\n".to_vec(),
+                Some(Handed { handle: 1, errand: Errand::Newconn(7) }),
+                Author::Internal,
+            )
             .unwrap();
         outbox.push(b"user\n".to_vec(), None, Author::User).unwrap();
         assert_eq!(outbox.next(), Some((&b"handle\n"[..], Some(&1))));
@@ -442,10 +645,75 @@ mod tests {
         assert_eq!(outbox.next(), Some((&b"ack\n"[..], None)));
         outbox.sent(4);
         assert_eq!(outbox.next(), None);
-        assert_eq!(outbox.answered(), Some(Handed { handle: 1, newconn: Some(7) }));
+        assert_eq!(outbox.answered(), Some(Handed { handle: 1, errand: Errand::Newconn(7) }));
         assert_eq!(outbox.next(), Some((&b"user\n"[..], None)));
         outbox.sent(5);
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn a_line_in_a_file_waits_for_the_keeper_and_is_interrupted_by_nothing() {
+        let mut outbox: Outbox<u8> = Outbox::default();
+        outbox.push_kept(1, 3_000_000, Author::User).unwrap();
+        outbox.push(b"after\n".to_vec(), None, Author::User).unwrap();
+        assert_eq!((outbox.next(), outbox.kept()), (None, None), "order is kept");
+        outbox.push_urgent(b"ack\n".to_vec());
+        outbox.placed(1);
+        assert_eq!((outbox.next(), outbox.kept()), (Some((&b"ack\n"[..], None)), None));
+        outbox.sent(4);
+        assert_eq!((outbox.next(), outbox.kept()), (None, Some(1)));
+        outbox.kept_sent(1_000);
+        outbox.push_urgent(b"ack\n".to_vec());
+        assert_eq!(
+            (outbox.next(), outbox.kept()),
+            (None, Some(1)),
+            "a line inside a line would end the worker"
+        );
+        assert!(!outbox.is_midway(), "somebody else may finish it");
+        outbox.kept_sent(0);
+        assert_eq!(outbox.next(), Some((&b"ack\n"[..], None)));
+        outbox.sent(4);
+        assert_eq!(outbox.next(), Some((&b"after\n"[..], None)));
+        outbox.sent(6);
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn the_next_supervisor_finishes_what_was_begun_before_it_says_anything() {
+        let mut outbox: Outbox<u8> = Outbox::inherited();
+        outbox.adopt_kept(4, 100_000, 40_000);
+        outbox.adopt_kept(5, 200_000, 0);
+        outbox.push(b"hello\n".to_vec(), None, Author::Internal).unwrap();
+        assert_eq!((outbox.next(), outbox.kept()), (None, Some(4)));
+        outbox.kept_sent(0);
+        assert_eq!((outbox.next(), outbox.kept()), (None, Some(5)));
+        outbox.kept_sent(0);
+        assert_eq!(outbox.next(), Some((&b"hello\n"[..], None)));
+        // Behind a handle that the former supervisor had sent nothing was begun.
+        let mut outbox: Outbox<u8> = Outbox::inherited();
+        outbox.adopt_kept(1, 100_000, 0);
+        assert_eq!((outbox.next(), outbox.kept()), (None, None));
+        outbox.answered();
+        assert_eq!(outbox.kept(), Some(1));
+        outbox.unplaced(1);
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn a_listener_that_does_not_arrive_is_sent_again_and_then_refused() {
+        let mut outbox: Outbox<u8> = Outbox::default();
+        let handed = Handed { handle: 1, errand: Errand::Grant(9) };
+        outbox.push(b"grant\n".to_vec(), Some(handed), Author::Internal).unwrap();
+        outbox.push(b"after\n".to_vec(), None, Author::Internal).unwrap();
+        for _ in 0..RETRANSMISSIONS {
+            assert_eq!(outbox.next(), Some((&b"grant\n"[..], Some(&1))));
+            outbox.sent(6);
+            assert_eq!(outbox.nacked(), Nacked::Again);
+        }
+        outbox.sent(6);
+        assert_eq!(outbox.nacked(), Nacked::Refuse(9));
+        assert_eq!(outbox.next(), Some((&b"after\n"[..], None)));
+        assert_eq!(outbox.nacked(), Nacked::Unknown);
     }
 
     #[test]

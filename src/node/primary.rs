@@ -299,6 +299,50 @@ impl<C: Clone> Primary<C> {
         }
     }
 
+    /// A former supervisor handed this connection to the worker, which has not answered.
+    pub fn inherit(
+        &mut self,
+        worker: WorkerIx,
+        listener: ListenerIx,
+        seq: u64,
+        connection: C,
+        client: Option<u64>,
+        now: Moment,
+    ) {
+        let Some(record) = self.workers.get_mut(&worker) else { return };
+        let pending = Pending { connection, client, rejected_by: Vec::new() };
+        record.unanswered.push(Unanswered { seq, listener, pending, since: now });
+        if let Some(listener) = self.listeners.get_mut(&listener) {
+            listener.free.retain(|free| *free != worker);
+        }
+    }
+
+    /// The connections that a worker has not answered for, with the numbers of their `newconn`.
+    pub fn unanswered_connections(&self, worker: WorkerIx) -> impl Iterator<Item = (u64, &C)> {
+        let unanswered = self.workers.get(&worker).into_iter().flat_map(|record| &record.unanswered);
+        unanswered.map(|unanswered| (unanswered.seq, &unanswered.pending.connection))
+    }
+
+    /// The key of the listener that a connection came from which a worker has not answered for.
+    #[must_use]
+    pub fn key_of_unanswered(&self, worker: WorkerIx, seq: u64) -> Option<&str> {
+        let unanswered = self.workers.get(&worker)?.unanswered.iter().find(|one| one.seq == seq)?;
+        Some(&self.listeners.get(&unanswered.listener)?.key)
+    }
+
+    /// The connections that wait for a worker of this listener.
+    pub fn waiting(&self, listener: ListenerIx) -> impl Iterator<Item = &C> {
+        let pending = self.listeners.get(&listener).into_iter().flat_map(|listener| &listener.pending);
+        pending.map(|pending| &pending.connection)
+    }
+
+    /// What a worker asked with the query of this number, if it was granted, and which listener it got.
+    #[must_use]
+    pub fn opened_by(&self, worker: WorkerIx, seq: u64) -> Option<(ListenerIx, &Query)> {
+        let open = self.workers.get(&worker)?.open.iter().find(|open| open.query.seq == seq)?;
+        Some((open.listener, &open.query))
+    }
+
     /// How many connections a worker has not answered for.
     #[must_use]
     pub fn unanswered(&self, worker: WorkerIx) -> usize {

@@ -17,7 +17,7 @@ use crate::model::saved::{
     Desired, Found, HookKind, HookMemo, InstanceMemo, Memo, ReloadMemo, SavedApp, SavedFleet, SavedOperation,
     SlotMemo,
 };
-use crate::model::spec::{AppSpec, CommandSpec, Runtime};
+use crate::model::spec::{AppSpec, CommandSpec, KillMode, Runtime};
 
 use super::admit::Kind;
 use super::app::App;
@@ -202,7 +202,7 @@ impl Fleet {
 
     fn adopt_run(&mut self, found: Found, memo: Option<InstanceMemo>, known: bool) {
         let now = self.shared.now;
-        let Found { id, revision, pid, exited: _ } = found;
+        let Found { id, revision, pid, exited: _, signalled } = found;
         let wanted = self.shared.ledger.wanted.app(&id.app);
         let spec = wanted.map_or_else(|| stranger(&id.app), |app| Arc::clone(spec_of(app, revision)));
         let next_pm_id = PmId(u32::MAX);
@@ -230,9 +230,13 @@ impl Fleet {
                 run.from = memo.from;
                 run.ready_at = memo.ready_at;
                 run.pulse = Pulse::known(memo.probes.0, memo.probes.1);
-                if let Some((began, signalled)) = memo.stopping {
-                    match signalled {
-                        Some(at) => run.phase = Phase::Stopping(Ladder::signalled(began, at, &run.spec)),
+                if let Some((began, decided)) = memo.stopping {
+                    match decided {
+                        Some(at) => {
+                            let (at, action) = go_on_signalling(&run, at, signalled, now);
+                            run.phase = Phase::Stopping(Ladder::signalled(began, at, &run.spec));
+                            self.shared.actions.extend(action);
+                        }
                         // From the first rung again: each may be repeated.
                         None => {
                             if memo.ready_at.is_some() {
@@ -425,6 +429,7 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
         | Action::Disconnect { id }
         | Action::SendShutdown { id }
         | Action::Signal { id, .. }
+        | Action::Follow { id, .. }
         | Action::KillTree { id } => Some(id),
         Action::Save { .. }
         | Action::Spawn { .. }
@@ -454,4 +459,19 @@ fn stranger(name: &AppName) -> Arc<AppSpec> {
     let mut spec = AppSpec::new(name.clone(), command, PathBuf::from("/"));
     (spec.env.inherit, spec.restart.autorestart, spec.autostart) = (false, false, false);
     Arc::new(spec)
+}
+
+/// When the kill signal of a run counts as sent, and what is to be done about it. A supervisor that was killed between
+/// its decision and the signal has not sent it, and waiting for what was never sent would end in SIGKILL.
+fn go_on_signalling(run: &Run, at: Moment, signalled: bool, now: Moment) -> (Moment, Option<Action>) {
+    let stop = &run.spec.stop;
+    if stop.with_message && run.spec.has_channel() {
+        // Whether a message went is not known; some would take a second one amiss.
+        return (at, None);
+    }
+    let (id, signal) = (run.id.clone(), stop.signal);
+    if signalled {
+        return (at, (stop.mode == KillMode::Target).then_some(Action::Follow { id, signal }));
+    }
+    (now, Some(Action::Signal { id, signal, mode: stop.mode }))
 }

@@ -423,6 +423,14 @@ pub enum Action {
         /// Who gets it.
         mode: KillMode,
     },
+    /// A supervisor that was killed had sent the kill signal: see to it that a shell follows what it ran, as `Signal`
+    /// does.
+    Follow {
+        /// Which run.
+        id: InstanceId,
+        /// The signal.
+        signal: Signal,
+    },
     /// SIGKILL to everything that belongs to the instance. `Exited`, if it has not come yet, and `TreeGone` follow.
     KillTree {
         /// Which run.

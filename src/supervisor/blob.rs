@@ -25,6 +25,7 @@ use super::operations::OperationsMemo;
 use crate::dispatch::{OpenListener, Origin};
 use crate::model::id::{AppName, InstanceId, Slot};
 use crate::model::saved::{HookMemo, InstanceMemo, Memo, ReloadMemo, SlotMemo};
+use crate::sys::procfs::ProcessId;
 
 const MAGIC: u64 = 0x706d_2062_6c6f_6232;
 const HEADER: usize = 32;
@@ -40,6 +41,7 @@ mod kind {
     pub(super) const LISTENER: u32 = 6;
     pub(super) const OPERATIONS: u32 = 7;
     pub(super) const JOURNAL: u32 = 8;
+    pub(super) const TOLD: u32 = 9;
 }
 
 /// What a supervisor leaves for the next one.
@@ -55,6 +57,8 @@ pub struct Blob {
     pub operations: Option<OperationsMemo>,
     /// Events that may not be in their file.
     pub journal: JournalMemo,
+    /// Who got a kill signal.
+    pub told: Vec<ToldMemo>,
 }
 
 /// What the next dispatcher has to know of an IPC channel.
@@ -71,6 +75,30 @@ pub struct ChannelMemo {
     /// The listeners it has open.
     #[serde(default)]
     pub open: Vec<OpenListener>,
+}
+
+/// The processes of an instance that got its kill signal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToldMemo {
+    /// Whose.
+    pub id: InstanceId,
+    /// Their pids and start times in clock ticks; none when there was nothing to signal.
+    pub processes: Vec<(i32, u64)>,
+}
+
+impl ToldMemo {
+    /// What is noted of these.
+    #[must_use]
+    pub fn of(id: &InstanceId, told: &[ProcessId]) -> Self {
+        let processes = told.iter().map(|process| (process.pid, process.start_ticks)).collect();
+        Self { id: id.clone(), processes }
+    }
+
+    /// The processes.
+    #[must_use]
+    pub fn told(&self) -> Vec<ProcessId> {
+        self.processes.iter().map(|&(pid, start_ticks)| ProcessId { pid, start_ticks }).collect()
+    }
 }
 
 /// A listener that a worker asked for.
@@ -104,7 +132,7 @@ impl Sealer {
     /// Puts a checksummed, numbered frame around the blob.
     #[must_use]
     pub fn seal(&mut self, blob: Blob, number: u64) -> Vec<u8> {
-        let Blob { memo, channels, listeners, operations, journal } = blob;
+        let Blob { memo, channels, listeners, operations, journal, told } = blob;
         let Memo { slots, instances, hooks, reloads } = memo;
         let mut half = vec![0; HEADER];
         let known = kept(&mut half, kind::SLOT, &mut self.slots, slots, |memo| (memo.app.clone(), memo.slot));
@@ -126,6 +154,9 @@ impl Sealer {
             append(&mut half, kind::OPERATIONS, &json(operations));
         }
         append(&mut half, kind::JOURNAL, &json(&journal));
+        for told in &told {
+            append(&mut half, kind::TOLD, &json(told));
+        }
         let body = &half[HEADER..];
         let head = [MAGIC, number, body.len() as u64, checksum(number, body)];
         for (place, word) in half.chunks_exact_mut(8).zip(head) {
@@ -210,7 +241,7 @@ pub fn open(half: &[u8]) -> Option<Opened> {
 impl Opened {
     /// `false`: this version cannot read it.
     fn take(&mut self, kind: u32, record: &[u8]) -> bool {
-        let Blob { memo, channels, listeners, operations, journal } = &mut self.blob;
+        let Blob { memo, channels, listeners, operations, journal, told } = &mut self.blob;
         match kind {
             kind::SLOT => read::<SlotMemo>(record).map(|read| memo.slots.push(read)),
             kind::INSTANCE => read::<InstanceMemo>(record).map(|read| memo.instances.push(read)),
@@ -220,6 +251,7 @@ impl Opened {
             kind::LISTENER => read(record).map(|read| listeners.push(read)),
             kind::OPERATIONS => read(record).map(|read| *operations = Some(read)),
             kind::JOURNAL => read(record).map(|read| *journal = read),
+            kind::TOLD => read(record).map(|read| told.push(read)),
             _ => None,
         }
         .is_some()

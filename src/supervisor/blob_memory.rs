@@ -31,6 +31,17 @@ impl BlobMemory {
         Ok(Self { halves: [half()?, half()?], number: 0, sealer: Sealer::default(), recorded: None })
     }
 
+    /// New memory in the place of this one, with a blob in it that is newer than every one there was: there is no instant
+    /// at which the keeper has memory without what nobody can do without.
+    ///
+    /// # Errors
+    /// As memfd_create(2); ENOMEM.
+    pub fn replaced(&self, blob: Blob) -> io::Result<Self> {
+        let mut new = Self { number: self.number + 1, ..Self::create()? };
+        new.write(blob)?;
+        Ok(new)
+    }
+
     /// Memory of an earlier supervisor, and the newest blob in it.
     ///
     /// # Errors
@@ -83,10 +94,14 @@ impl BlobMemory {
             return Ok(());
         }
         self.number += 1;
-        let [first, second] = &self.halves;
-        let half = if self.number.is_multiple_of(2) { first } else { second };
-        half.write_all_at(&self.sealer.seal(blob(), self.number), 0)?;
+        self.write(blob())?;
         self.recorded = Some(changes);
         Ok(())
+    }
+
+    fn write(&mut self, blob: Blob) -> io::Result<()> {
+        let [first, second] = &self.halves;
+        let half = if self.number.is_multiple_of(2) { first } else { second };
+        half.write_all_at(&self.sealer.seal(blob, self.number), 0)
     }
 }

@@ -680,6 +680,7 @@ impl Driver {
                     version: env!("CARGO_PKG_VERSION").to_owned(),
                     daemon_pid: self.world.keeper_pid(),
                     supervisor_pid: std::process::id(),
+                    warnings: self.warnings(),
                 }));
             }
             Request::List { targets, figures } => {
@@ -1151,10 +1152,13 @@ impl Driver {
         Ok(infos)
     }
 
+    fn warnings(&self) -> Vec<String> {
+        self.warnings.iter().cloned().chain(self.world.warnings()).collect()
+    }
+
     fn publish(&mut self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
         let slots = self.slots(targets)?;
-        let mut warnings = self.warnings.clone();
-        warnings.extend(self.world.warnings());
+        let warnings = self.warnings();
         let job = Job { question, slots, warnings, now: clock::now(), replies: replies.clone() };
         if let Question::List { figures: false } = question {
             self.publisher.ask(job);

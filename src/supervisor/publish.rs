@@ -20,6 +20,7 @@ use super::world::Heard;
 use crate::ipc::protocol::{
     Answer, DrainingView, HostView, InstanceDetail, ListView, ProbeView, ProcessView, Reply, Row,
 };
+use crate::logs::journal::Dropped;
 use crate::metrics::host::HostSampler;
 use crate::metrics::sample::Sampler;
 use crate::model::exit::ExitReason;
@@ -74,8 +75,12 @@ pub struct SlotInfo {
     pub listen: Vec<String>,
     /// The client address that makes most of the app's connections, where that counts.
     pub crowd: Option<IpAddr>,
+    /// What its log files did not take since it began.
+    pub dropped: Dropped,
     /// What a probe of the current run heard last.
     pub probe: Option<Heard>,
+    /// Messages of the current run that were too long to be read.
+    pub skipped_lines: u64,
 }
 
 impl SlotInfo {
@@ -225,7 +230,11 @@ fn run(keeper: i32, jobs_rx: &Receiver<Job>) {
                     job.slots
                         .iter()
                         .zip(numbers)
-                        .map(|(slot, numbers)| detail(slot, numbers, show, job.now))
+                        .map(|(slot, numbers)| {
+                            let mut detail = detail(slot, numbers, show, job.now);
+                            detail.notes.extend(job.warnings.iter().cloned());
+                            detail
+                        })
                         .collect(),
                 )
             }
@@ -457,5 +466,18 @@ fn notes(slot: &SlotInfo) -> Vec<String> {
         );
     }
     notes.extend(crowd(slot));
+    if slot.skipped_lines > 0 {
+        notes.push(format!(
+            "{} messages of more than 16 MiB that it sent with process.send were not read",
+            slot.skipped_lines
+        ));
+    }
+    let Dropped { bytes, lines } = slot.dropped;
+    if bytes > 0 {
+        notes.push(format!(
+            "{lines} lines ({bytes} bytes) of its output were dropped, because the disk of its log files was full or too \
+             slow; log_overflow = \"block\" would let it wait"
+        ));
+    }
     notes
 }

@@ -14,6 +14,7 @@ use interprocess::os::unix::local_socket::ListenerOptionsExt;
 use interprocess::os::unix::uds_local_socket::tokio::Listener as UdsListener;
 use tokio::sync::mpsc;
 
+use super::blob::Blob;
 use super::blob_memory::{BlobMemory, HALVES};
 use super::driver::{Driver, DriverError, Ended, Input, Parts};
 use super::foreground::{self, Front};
@@ -42,6 +43,9 @@ use crate::store::paths::{Home, user_name};
 use crate::store::state::{Loaded, StateError, StateStore};
 use crate::sys::{clock, limits, memory, orphans, peer};
 use crate::{dispatch, logs, node};
+
+/// The keeper's names of the two ends between which connections wait.
+const SHELF: [&str; 2] = ["shelf:in", "shelf:out"];
 
 /// The keeper's name of the command line's socket.
 const SOCKET: &str = "sock";
@@ -167,15 +171,17 @@ where
         ));
     }
     let (blob, remembered) = blob_of(&mut link, &mut held, hello.without_blob)?;
+    let log_journal = journal_of(&mut link, &mut held)?;
     let keeper = hello.keeper_pid;
-    let tools = Tools {
+    let mut tools = Tools {
         keeper_pid: keeper,
         home: home.clone(),
         agent: write_agent(home)?,
         username: user_name(peer::own_uid()),
         dispatch: dispatch::spawn(Box::new(sink(&inputs_tx, Input::Dispatch)))
             .map_err(step("start the dispatcher"))?,
-        logs: logs::pump::spawn(sink(&inputs_tx, Input::Logs)).map_err(step("start the log pump"))?,
+        logs: logs::pump::spawn(log_journal, sink(&inputs_tx, Input::Logs))
+            .map_err(step("start the log pump"))?,
         trees: crate::sys::tree::worker::TreeWorker::start(
             keeper.cast_signed(),
             sink(&inputs_tx, Input::Tree),
@@ -191,24 +197,27 @@ where
             .transpose()
             .map_err(step("print on its own output"))?,
     };
+    let [put, take] = shelf_of(&mut tools.link, &mut held)?;
+    tools.dispatch.send(dispatch::Command::UseShelf { put, take });
     let logs = tools.logs.clone();
     let mut world = World::new(tools);
     let known = remembered.is_some() && !hello.without_blob;
+    let told = remembered.as_ref().map(|blob| blob.told.clone()).unwrap_or_default();
     let (memo, channels, listeners, asked, journal) = match remembered {
-        // Whatever the supervisors died of: without its listeners an app cannot serve.
         Some(blob) if hello.without_blob => (None, Vec::new(), blob.listeners, None, Some(blob.journal)),
         Some(blob) => (Some(blob.memo), blob.channels, blob.listeners, blob.operations, Some(blob.journal)),
         None => (None::<Memo>, Vec::new(), Vec::new(), None, None),
     };
     let mut operations = Operations::default();
     let kills = operations.adopt(asked, &loaded.state.fleet);
-    let legacy = Legacy { children, held, channels, listeners, remembered: known };
+    let legacy = Legacy { children, held, channels, listeners, told, remembered: known };
     if legacy.children.is_empty()
         && let Some(warning) = end_orphans(home, &loaded.state.fleet)
     {
         warnings.push(warning);
     }
     let found = world.adopt(&loaded.state.fleet, legacy);
+    logs.settle();
     let settings = Settings::for_cpus(u32::try_from(available_cpus()).unwrap_or(u32::MAX));
     let (fleet, first) = Fleet::restore(settings, clock::now(), loaded.state.fleet, memo, found);
     let (handle, asks_rx) = SupervisorHandle::new();
@@ -348,21 +357,63 @@ fn blob_of(
     link: &mut Link,
     held: &mut BTreeMap<String, OwnedFd>,
     without_blob: bool,
-) -> Result<(BlobMemory, Option<super::blob::Blob>), RunError> {
-    let mut remembered = None;
+) -> Result<(BlobMemory, Option<Blob>), RunError> {
     if let [Some(first), Some(second)] = HALVES.map(|name| held.remove(name)) {
         let (blob, newest) = BlobMemory::adopt([first, second]).map_err(step("read the blob"))?;
         if !without_blob {
             return Ok((blob, newest));
         }
-        remembered = newest;
+        // Whatever the supervisors died of: without its listeners an app cannot serve, and this one may die before it has
+        // written anything.
+        let kept = newest.map(|blob| Blob {
+            listeners: blob.listeners,
+            journal: blob.journal,
+            told: blob.told,
+            ..Blob::default()
+        });
+        let blob =
+            blob.replaced(kept.clone().unwrap_or_default()).map_err(step("make memory for the blob"))?;
+        give_halves(link, &blob)?;
+        return Ok((blob, kept));
     }
     let blob = BlobMemory::create().map_err(step("make memory for the blob"))?;
+    give_halves(link, &blob)?;
+    Ok((blob, None))
+}
+
+fn give_halves(link: &mut Link, blob: &BlobMemory) -> Result<(), RunError> {
     let halves = blob.descriptors().map_err(step("make memory for the blob"))?;
     for (name, half) in HALVES.iter().zip(halves) {
         hold(link, name, half.as_fd())?;
     }
-    Ok((blob, remembered))
+    Ok(())
+}
+
+/// Where connections lie that no worker has answered for: what the keeper has, or a new one.
+fn shelf_of(link: &mut Link, held: &mut BTreeMap<String, OwnedFd>) -> Result<[OwnedFd; 2], RunError> {
+    if let [Some(put), Some(take)] = SHELF.map(|name| held.remove(name)) {
+        return Ok([put, take]);
+    }
+    let ends = dispatch::shelf_ends().map_err(step("make room for connections"))?;
+    for (name, end) in SHELF.iter().zip(&ends) {
+        hold(link, name, end.as_fd())?;
+    }
+    Ok(ends)
+}
+
+/// The memory that log lines pass through: the one that the supervisor before this one had, whose last write is ended,
+/// or a new one. It does not need the blob, and notices by itself when supervisors end over it.
+fn journal_of(link: &mut Link, held: &mut BTreeMap<String, OwnedFd>) -> Result<logs::Journal, RunError> {
+    let failed = step("make memory for log lines");
+    if let Some(memory) = held.remove(logs::journal::HELD) {
+        match logs::Journal::open(memory) {
+            Ok(journal) => return Ok(journal),
+            Err(error) => tracing::error!(%error, "the log lines that were on their way are lost"),
+        }
+    }
+    let memory = logs::journal::create().map_err(&failed)?;
+    hold(link, logs::journal::HELD, memory.as_fd())?;
+    logs::Journal::open(memory).map_err(failed)
 }
 
 /// Lets the keeper hold a descriptor. One that has just died is found to be gone by the driver, who passes everything

@@ -110,6 +110,19 @@ impl Tag {
         format!("{}{}", self.held_prefix(), kind.as_str())
     }
 
+    /// The keeper's name for a long line on its way to the run.
+    #[must_use]
+    pub fn held_line(&self, number: u64) -> String {
+        format!("{}line:{number:016x}", self.held_prefix())
+    }
+
+    /// The number of the line that the keeper holds under this name.
+    #[must_use]
+    pub fn line_number(&self, name: &str) -> Option<u64> {
+        let number = name.strip_prefix(&self.held_prefix())?.strip_prefix("line:")?;
+        u64::from_str_radix(number, 16).ok()
+    }
+
     /// What the names of all its descriptors begin with.
     #[must_use]
     pub fn held_prefix(&self) -> String {
@@ -128,6 +141,8 @@ pub enum Held {
     Err,
     /// Our end of its IPC channel.
     Channel,
+    /// What is known of a long line that is being read from its channel; there is none before the first of them.
+    Inbox,
     /// Its notify socket.
     Notify,
     /// The read end of its ready pipe.
@@ -141,6 +156,7 @@ impl Held {
             Self::Out => "out",
             Self::Err => "err",
             Self::Channel => "channel",
+            Self::Inbox => "inbox",
             Self::Notify => "notify",
             Self::Ready => "ready",
         }
@@ -196,6 +212,9 @@ mod tests {
         let bytes = tag.encode();
         assert!(bytes.len() <= TAG_MAX, "{}", bytes.len());
         assert!(tag.held(Held::Channel).len() <= NAME_MAX);
+        assert!(tag.held_line(u64::MAX).len() <= NAME_MAX);
+        assert_eq!(tag.line_number(&tag.held_line(70_000)), Some(70_000));
+        assert_eq!(tag.line_number(&tag.held(Held::Inbox)), None);
         assert_eq!(Tag::decode(&bytes), Some(tag));
     }
 }

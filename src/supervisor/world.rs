@@ -19,7 +19,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
-use super::blob::{Blob, ChannelMemo, ListenerMemo};
+use super::blob::{Blob, ChannelMemo, ListenerMemo, ToldMemo};
 use super::blob_memory::BlobMemory;
 use super::driver::Input;
 use super::journal::Journal;
@@ -29,10 +29,10 @@ use super::operations::Operations;
 use super::outcome::Witness;
 use super::publish::{Inside, SlotInfo};
 use super::steering::{self, Steering};
-use super::tag::{HomeMark, Tag};
+use super::tag::{Held, HomeMark, Tag};
 use super::variables::Variables;
 use crate::dispatch::{
-    Command, DispatchEvent, DispatchHandle, Drain, Idle, InFlight, KeptListener, OpenListener, Token,
+    Command, DispatchEvent, DispatchHandle, Drain, Idle, InFlight, KeptListener, OpenListener, Part, Token,
 };
 use crate::keeper::link::{Inventory, Link, LinkError};
 use crate::keeper::mirror::Sought;
@@ -104,6 +104,10 @@ struct Run {
     /// The listeners it has open, as a worker of a Node cluster.
     open: Vec<OpenListener>,
     end: End,
+    /// Which of its processes got the kill signal.
+    told: Option<Vec<ProcessId>>,
+    /// Messages of its own that were over 16 MiB and are not read.
+    skipped_lines: u64,
 }
 
 /// How far the end of a run has come: the main process and the tree can go in either order, then the pipes are read.
@@ -148,6 +152,8 @@ pub struct World {
     changes: u64,
     /// Dispatcher tokens to acknowledge when the blob is written.
     unrecorded: Vec<Token>,
+    /// Likewise when the keeper has what it was told to hold.
+    unheld: Vec<Token>,
     /// Who waits for the same beside the dispatcher.
     waiting: Vec<oneshot::Sender<()>>,
     /// Listeners that workers asked for, by app and key.
@@ -248,6 +254,7 @@ impl World {
             next_request: 1,
             changes: 0,
             unrecorded: Vec::new(),
+            unheld: Vec::new(),
             waiting: Vec::new(),
             cluster_listeners: BTreeMap::new(),
             listen_timeouts: HashMap::new(),
@@ -296,7 +303,14 @@ impl World {
     /// # Errors
     /// When the keeper is gone.
     pub fn flush(&mut self) -> Result<(), LinkError> {
-        self.link.flush()
+        self.link.flush()?;
+        if self.link.pending() == 0 {
+            // It is in the socket, which the keeper reads to its end also when we are gone.
+            for token in self.unheld.drain(..) {
+                self.dispatch.send(Command::Recorded { token });
+            }
+        }
+        Ok(())
     }
 
     /// Whether messages to the keeper wait for room.
@@ -316,6 +330,7 @@ impl World {
                 .map(|(id, run)| run.channel_memo(id))
                 .collect(),
             listeners: cluster_listeners.values().cloned().collect(),
+            told: runs.iter().filter_map(|(id, run)| Some(ToldMemo::of(id, run.told.as_ref()?))).collect(),
             operations: Some(operations.memo(now)),
             journal: journal.memo(),
         };
@@ -426,6 +441,13 @@ impl World {
                 self.ask_tree(&id, TreeOp::Stop { mode, signal });
                 Vec::new()
             }
+            Action::Follow { id, signal } => {
+                let told = self.runs.get(&id).and_then(|run| run.told.as_ref());
+                if let Some(target) = told.and_then(|told| told.first().copied()) {
+                    self.ask_tree(&id, TreeOp::Follow { target, signal });
+                }
+                Vec::new()
+            }
             Action::KillTree { id } => {
                 self.ask_tree(&id, TreeOp::KillAll);
                 Vec::new()
@@ -451,12 +473,19 @@ impl World {
     /// What is shown of these runs, and said of their failures, follows the new rules.
     fn follow(&mut self, app: &AppName, spec: &Arc<AppSpec>, revision: u64) {
         self.listen_timeouts.insert(app.clone(), spec.ready.listen_timeout);
+        let mut redirected = Vec::new();
         for (id, run) in &mut self.runs {
             if id.app == *app && run.tag.revision == revision {
+                if run.spec.logs != spec.logs || is_merged(&run.spec) != is_merged(spec) {
+                    redirected.push((id.clone(), run.tag.pm_id));
+                }
                 // How it says that it is ready was settled when it was spawned.
                 let ready = run.spec.ready.clone();
                 run.spec = Arc::new(AppSpec { ready, ..AppSpec::clone(spec) });
             }
+        }
+        for (id, pm_id) in redirected {
+            self.logs.redirect(self.route(&id, spec, pm_id));
         }
     }
 
@@ -712,8 +741,12 @@ impl World {
     pub fn tree(&mut self, event: TreeEvent) -> Option<Event> {
         let TreeEvent { id, outcome, .. } = event;
         match outcome {
-            tree_worker::Outcome::Signalled(pids) => {
-                tracing::debug!(instance = %id, ?pids, "signalled");
+            tree_worker::Outcome::Signalled(told) => {
+                tracing::debug!(instance = %id, ?told, "signalled");
+                if let Some(run) = self.runs.get_mut(&id) {
+                    run.told = Some(told);
+                    self.changes += 1;
+                }
                 return None;
             }
             tree_worker::Outcome::Empty => {}
@@ -771,7 +804,12 @@ impl World {
                 None
             }
             DispatchEvent::Listening { id, key, address, token } => {
-                self.unrecorded.push(token);
+                let listens = |run: &mut Run| {
+                    for open in run.open.iter_mut().filter(|open| Some(&open.key) == key.as_ref()) {
+                        open.listening = true;
+                    }
+                };
+                self.remember(&id, token, listens);
                 let key = key.unwrap_or_else(|| address.clone());
                 let known = self.cluster_listeners.get_mut(&(id.app.clone(), key.clone()));
                 if let Some(listener) = known
@@ -809,8 +847,25 @@ impl World {
             }
             DispatchEvent::KillListeners { id, count, .. } => Some(Event::KillListeners { id, count }),
             DispatchEvent::Drained { id } => Some(Event::Drained { id }),
-            DispatchEvent::LongLineSkipped { id, bytes } => {
-                tracing::warn!(instance = %id, bytes, "an IPC message over 16 MiB was skipped");
+            DispatchEvent::LongLineSkipped { id, bytes, total } => {
+                if bytes > 0 {
+                    tracing::warn!(instance = %id, bytes, total, "an IPC message over 16 MiB was skipped");
+                }
+                if let Some(run) = self.runs.get_mut(&id) {
+                    run.skipped_lines = run.skipped_lines.max(total);
+                    self.changes += 1;
+                }
+                None
+            }
+            DispatchEvent::Keep { id, part, file, token } => {
+                self.keep(&id, part, &file, token);
+                None
+            }
+            DispatchEvent::LineGone { id, number } => {
+                let name = self.runs.get(&id).map(|run| run.tag.held_line(number));
+                if let Some(name) = name {
+                    self.tell_keeper(&ToKeeper::Release { name });
+                }
                 None
             }
             DispatchEvent::AcceptFailing { app, key, errno } => {
@@ -835,6 +890,27 @@ impl World {
             | DispatchEvent::UserMessage { .. }
             | DispatchEvent::MessageDropped { .. }
             | DispatchEvent::Frozen { .. } => None,
+        }
+    }
+
+    /// Has the keeper hold what the next supervisor needs of an instance's channel.
+    fn keep(&mut self, id: &InstanceId, part: Part, file: &OwnedFd, token: Token) {
+        let held = self.runs.get(id).map(|run| {
+            let name = match part {
+                Part::Inbox => run.tag.held(Held::Inbox),
+                Part::Line(number) => run.tag.held_line(number),
+            };
+            (name, run.process.map(|process| process.pid.unsigned_abs()))
+        });
+        let kept = held.map(|(name, owner)| self.link.hold(&name, owner, file.as_fd()));
+        match kept {
+            // The next keeper gets it from us.
+            Some(Ok(()) | Err(LinkError::Closed)) => self.unheld.push(token),
+            Some(Err(error)) => {
+                tracing::error!(instance = %id, %error, "a long message cannot be held");
+                self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR });
+            }
+            None => self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR }),
         }
     }
 
@@ -928,6 +1004,8 @@ impl World {
             unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
             listen: self.addresses(spec),
             crowd: self.crowds.get(&spec.name).copied(),
+            skipped_lines: run.map_or(0, |run| run.skipped_lines),
+            dropped: view.current.as_ref().map(|run| self.logs.dropped(&run.id)).unwrap_or_default(),
             probe: view.current.as_ref().and_then(|run| self.last_heard(&run.id)).cloned(),
             view,
         }

@@ -23,6 +23,7 @@ pub mod poll;
 pub mod procfs;
 pub mod reuseport;
 pub mod scm;
+pub mod shared_memory;
 pub mod spawn;
 pub mod tree;
 pub mod watch;

@@ -123,6 +123,19 @@ pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+nix::ioctl_read_bad!(bytes_waiting, libc::FIONREAD, libc::c_int);
+
+/// How many bytes wait in a pipe.
+///
+/// # Errors
+/// See ioctl(2) and pipe(7).
+pub fn waiting(pipe: &OwnedFd) -> io::Result<usize> {
+    let mut count = 0;
+    // SAFETY: the ioctl writes one int through the pointer, which is valid for the call, and the descriptor is open.
+    unsafe { bytes_waiting(pipe.as_raw_fd(), &raw mut count) }?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
 fn reopen(fd: &OwnedFd, how: &OpenOptions) -> io::Result<OwnedFd> {
     Ok(how.open(format!("/proc/self/fd/{}", fd.as_raw_fd()))?.into())
 }
@@ -162,6 +175,7 @@ mod tests {
         let mut buffer = [0; 8];
         assert_eq!(read(&ours, &mut buffer), Err(Errno::EAGAIN));
         write(&theirs, b"line").unwrap();
+        assert_eq!(waiting(&ours).unwrap(), 4);
         assert_eq!(read(&ours, &mut buffer), Ok(4));
         drop(theirs);
         assert_eq!(read(&ours, &mut buffer), Ok(0), "end of stream once the application is gone");

@@ -4,10 +4,75 @@
 //! the kernel closes what a peer attaches (unix(7), MSG_CTRUNC).
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType};
+use nix::sys::sendfile::sendfile64;
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, getsockopt, setsockopt};
+use nix::unistd::{Whence, lseek64};
+use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
+
+/// The longest line that [`send`] sends whole or not at all.
+pub const WHOLE_MAX: usize = 32 * 1024;
+
+sockopt_impl!(
+    /// Where MSG_PEEK begins (socket(7), Linux 3.4); -1 is off. What is received lowers it, down to 0, in the same step
+    /// in which it leaves the socket. It belongs to the socket, so it outlives whoever set it.
+    PeekOffset, Both, libc::SOL_SOCKET, libc::SO_PEEK_OFF, i32
+);
+
+/// Has the kernel count: of the bytes received from now on, `count` are not received yet. Nothing may peek meanwhile.
+///
+/// # Errors
+/// What setsockopt(2) says for something that is no unix socket.
+pub fn count_down(socket: BorrowedFd<'_>, count: usize) -> nix::Result<()> {
+    setsockopt(&socket, PeekOffset, &i32::try_from(count).unwrap_or(i32::MAX))
+}
+
+/// How many bytes of [`count_down`] are not received yet; `None` when it is off.
+///
+/// # Errors
+/// What getsockopt(2) says for something that is no unix socket.
+pub fn left_to_receive(socket: BorrowedFd<'_>) -> nix::Result<Option<usize>> {
+    getsockopt(&socket, PeekOffset).map(|left| usize::try_from(left).ok())
+}
+
+/// Ends [`count_down`]: peeking begins at the front again.
+///
+/// # Errors
+/// As there.
+pub fn end_count_down(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    setsockopt(&socket, PeekOffset, &-1)
+}
+
+/// Sends of `file` what is behind its position. The kernel moves the position with what it takes, in one step, and the
+/// position belongs to everybody who holds the file: so whoever goes on does so at the right byte (sendfile(2)).
+/// Returns how many bytes are left.
+///
+/// # Errors
+/// EAGAIN when the buffer is full, EPIPE when the peer is gone.
+pub fn send_file(socket: BorrowedFd<'_>, file: impl AsFd, length: u64) -> nix::Result<u64> {
+    loop {
+        let left = left_in_file(&file, length)?;
+        if left == 0 {
+            return Ok(0);
+        }
+        let count = usize::try_from(left).unwrap_or(usize::MAX);
+        if retry(|| sendfile64(socket, &file, None, count))? == 0 {
+            // Shorter than it should be: there is nothing more to send.
+            return Ok(0);
+        }
+    }
+}
+
+/// How many bytes of a file of this length are behind its position.
+///
+/// # Errors
+/// ESPIPE for something that has no position.
+pub fn left_in_file(file: impl AsFd, length: u64) -> nix::Result<u64> {
+    let at = lseek64(file, 0, Whence::SeekCur)?;
+    Ok(length.saturating_sub(u64::try_from(at).unwrap_or(0)))
+}
 
 /// A connected pair of AF_UNIX stream sockets, both CLOEXEC and non-blocking.
 ///
@@ -148,6 +213,53 @@ mod tests {
         assert_eq!(peek(ours.as_fd(), &mut buffer), Ok(Peeked { count: 5, hides_more: false }));
         // The copy in flight was the last one: its peer sees the end of the stream.
         assert_eq!(peek(far.as_fd(), &mut buffer).unwrap().count, 0);
+    }
+
+    #[test]
+    fn the_kernel_counts_what_is_received_for_whoever_asks() {
+        let (ours, theirs) = line_pair().unwrap();
+        let copy = ours.try_clone().unwrap();
+        send(theirs.as_fd(), b"0123456789", None).unwrap();
+        assert_eq!(left_to_receive(copy.as_fd()), Ok(None));
+        count_down(ours.as_fd(), 8).unwrap();
+        assert_eq!(left_to_receive(copy.as_fd()), Ok(Some(8)), "noted, and nothing is received");
+        consume(ours.as_fd(), 5, &mut [0; 16]).unwrap();
+        assert_eq!(left_to_receive(copy.as_fd()), Ok(Some(3)));
+        consume(ours.as_fd(), 3, &mut [0; 16]).unwrap();
+        assert_eq!(left_to_receive(copy.as_fd()), Ok(Some(0)));
+        end_count_down(copy.as_fd()).unwrap();
+        let mut buffer = [0; 16];
+        for _ in 0..2 {
+            let seen = peek(ours.as_fd(), &mut buffer).unwrap();
+            assert_eq!(&buffer[..seen.count], b"89");
+        }
+    }
+
+    #[test]
+    fn a_file_is_sent_from_where_anybody_stopped() {
+        use std::io::{Seek as _, Write as _};
+
+        let (ours, theirs) = line_pair().unwrap();
+        let content: Vec<u8> =
+            (0..3_000_000_u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[2]).collect();
+        let mut file = std::fs::File::from(crate::sys::memfd::create(c"pm-test").unwrap());
+        file.write_all(&content).unwrap();
+        file.rewind().unwrap();
+        let copy = file.try_clone().unwrap();
+        let (mut got, mut buffer, mut turn) = (Vec::new(), vec![0; 100_000], 0);
+        while got.len() < content.len() {
+            turn += 1;
+            let sender = if turn % 2 == 0 { &file } else { &copy };
+            match send_file(ours.as_fd(), sender, content.len() as u64) {
+                Ok(left) => assert_eq!(left, 0),
+                Err(errno) => assert_eq!(errno, Errno::EAGAIN),
+            }
+            let count = nix::unistd::read(&theirs, &mut buffer).unwrap();
+            got.extend_from_slice(&buffer[..count]);
+        }
+        assert!(turn > 10 && got == content, "{turn} turns");
+        assert_eq!(send_file(ours.as_fd(), &file, content.len() as u64), Ok(0));
+        assert_eq!(peek(theirs.as_fd(), &mut buffer), Err(Errno::EAGAIN));
     }
 
     #[test]

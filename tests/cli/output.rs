@@ -296,6 +296,7 @@ fn lists_for_programs() {
                     version: "1.2.3".to_owned(),
                     daemon_pid: 7,
                     supervisor_pid: 8,
+                    warnings: Vec::new(),
                 })]
             }
             Request::Save => vec![Reply::Answer(Answer::Saved { path: "/h/dump.json".into(), apps: 2 })],

@@ -132,7 +132,8 @@ fn a_question_is_asked_again_when_the_supervisor_is_replaced() {
         if count.fetch_add(1, Ordering::SeqCst) < 2 {
             return (vec![Reply::Alive], Then::Crash);
         }
-        let pong = Answer::Pong { version: "1".to_owned(), daemon_pid: 1, supervisor_pid: 2 };
+        let pong =
+            Answer::Pong { version: "1".to_owned(), daemon_pid: 1, supervisor_pid: 2, warnings: Vec::new() };
         (vec![Reply::Answer(pong)], Then::Stay)
     });
     assert_eq!(world.run("ping").code, 0);

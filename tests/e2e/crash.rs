@@ -16,7 +16,8 @@ fn cluster(port: u16, balance: &str) -> String {
     )
 }
 
-/// Kills the supervisor and returns when a list is right again, which takes at most a second.
+/// Kills the supervisor and returns when a list is right again, which takes a tenth of a second, or ten on a machine with
+/// a load of thirty.
 fn kill_the_supervisor(home: &Home, app: &str) {
     let expected: Vec<_> =
         home.rows_of(app).iter().map(|row| (row.pid, row.status.clone(), row.restarts)).collect();
@@ -26,7 +27,7 @@ fn kill_the_supervisor(home: &Home, app: &str) {
     let run = home.pm(&["jlist"]);
     let took = Instant::now().duration_since(killed);
     assert_eq!(run.code, 0, "{run:?}");
-    assert!(took <= secs(1), "the list came after {took:?}");
+    assert!(took <= secs(10), "the list came after {took:?}");
     let rows: Vec<_> =
         home.rows_of(app).iter().map(|row| (row.pid, row.status.clone(), row.restarts)).collect();
     assert_eq!(rows, expected);
@@ -34,7 +35,7 @@ fn kill_the_supervisor(home: &Home, app: &str) {
 }
 
 #[test]
-fn supervisor_killed_under_load_loses_nothing_in_shared_mode() {
+fn pain_13_supervisor_killed_under_load_loses_nothing_in_shared_mode() {
     let home = Home::loaded();
     let port = free_port();
     home.start(&cluster(port, "shared"));
@@ -232,6 +233,12 @@ fn commands_learn_the_true_end_of_their_operation_from_the_next_supervisor() {
             "stop" => assert_eq!(home.row("plain").status, "stopped"),
             _ => assert!(home.rows_of("plain").is_empty()),
         }
+        let events = home.ok(&["events", "--json"]).out;
+        let mut ended =
+            events.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let ended = ended.rfind(|event| event["event"] == "operation_ended");
+        let ended = ended.unwrap_or_else(|| panic!("{command:?}: {events}"));
+        assert_eq!((&ended["ok"], &ended["apps"][0]["app"]), (&true.into(), &command[1].into()), "{ended}");
         // A supervisor that dies soon after its birth is started with a delay.
         stays("it lives on", secs(2), || Ok::<_, ()>(()));
     }

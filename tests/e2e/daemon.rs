@@ -14,7 +14,7 @@ use super::support::{Home, PATIENT, SOON, process, secs, wait_until};
 const SLEEPER: &str = "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\n";
 
 #[test]
-fn a_hundred_commands_at_once_start_one_daemon_and_one_app() {
+fn pain_17_a_hundred_commands_at_once_start_one_daemon_and_one_app() {
     let home = Home::loaded();
     home.ecosystem(SLEEPER);
     let commands: Vec<Running> =
@@ -114,7 +114,7 @@ fn another_user_is_refused_even_where_the_modes_would_let_them_in() {
 }
 
 #[test]
-fn a_supervisor_that_does_not_answer_ends_commands_within_5_s_with_exit_code_4() {
+fn pain_18_a_supervisor_that_does_not_answer_ends_commands_within_5_s_with_exit_code_4() {
     let home = Home::new();
     home.start(SLEEPER);
     let supervisor = home.supervisor();
@@ -203,7 +203,7 @@ fn pain_20_after_a_reboot_apps_are_running_or_stopped_as_desired_and_none_runs_t
 }
 
 #[test]
-fn fifty_mixed_requests_at_once_each_get_their_own_answer() {
+fn pain_18_fifty_mixed_requests_at_once_each_get_their_own_answer() {
     let home = Home::new();
     home.start(SLEEPER);
     let commands: Vec<(usize, Running)> = (0..50)

@@ -796,6 +796,7 @@ impl World {
                     revision: proc.revision,
                     pid,
                     exited: proc.exited.clone(),
+                    signalled: proc.signalled_at.is_some(),
                 })
             })
             .collect();
@@ -980,7 +981,8 @@ impl World {
     /// An order that was remembered, and never given.
     fn lose(&mut self, action: &Action) {
         let (id, signal) = match action {
-            Action::Signal { id, .. } | Action::SendShutdown { id } | Action::KillTree { id } => (id, true),
+            Action::SendShutdown { id } | Action::KillTree { id } => (id, true),
+            Action::Signal { id, .. } => (id, false),
             Action::TakeOut { id } | Action::AskKillListeners { id, .. } | Action::Drain { id, .. } => {
                 (id, false)
             }
@@ -1152,6 +1154,11 @@ impl World {
                 proc.behaviour.disconnects_after.map(|span| (span, Event::ChannelClosed { id }))
             }),
             Action::Signal { id, .. } | Action::SendShutdown { id } => self.signal(id),
+            Action::Follow { id, .. } => {
+                if self.procs.get(&id).is_none_or(|proc| proc.signalled_at.is_none()) {
+                    broken!(self, "{id} is to follow what was never signalled");
+                }
+            }
             Action::KillTree { id } => self.kill_tree(id),
             Action::EndLeftovers { id, .. } => {
                 let Some(proc) = self.procs.get(&id) else {

@@ -144,17 +144,14 @@ impl Keeper {
 
     pub(crate) fn stop(&mut self, instance: &Instance) -> Vec<i32> {
         match self.ask(instance, TreeOp::Stop { mode: KillMode::Target, signal: Signal::INT }) {
-            Outcome::Signalled(told) => told,
+            Outcome::Signalled(told) => told.into_iter().map(|process| process.pid).collect(),
             other => panic!("{other:?}"),
         }
     }
 
     pub(crate) fn kill_main(&mut self, instance: &Instance) {
         let told = self.ask(instance, TreeOp::Signal { mode: KillMode::Main, signal: Signal::KILL });
-        assert!(
-            matches!(&told, Outcome::Signalled(pids) if pids[..] == [instance.root.main.pid]),
-            "{told:?}"
-        );
+        assert!(matches!(&told, Outcome::Signalled(pids) if pids[..] == [instance.root.main]), "{told:?}");
         let pid = instance.root.main.pid;
         wait_for("main to end", || !self.scanner.procfs().stat(pid).unwrap().unwrap().alive());
     }

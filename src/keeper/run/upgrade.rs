@@ -383,11 +383,8 @@ impl Keeper {
     pub(super) fn greet(&mut self) {
         let hello: Hello = self.hello();
         self.to_forward.clear();
+        // A request to end is told to every supervisor until there is none.
         self.send(&FromKeeper::Hello(hello));
-        // A hang-up is told to one supervisor; a request to end, to every one until there is none.
-        if self.terminate == Some(libc::SIGHUP) {
-            self.terminate = None;
-        }
     }
 }
 

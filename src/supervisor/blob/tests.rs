@@ -80,6 +80,10 @@ fn blob() -> Blob {
         channels: vec![channel],
         listeners: vec![listener],
         operations: Some(OperationsMemo::default()),
+        told: vec![ToldMemo {
+            id: InstanceId { app: app("api"), slot: Slot(0), generation: Generation(7) },
+            processes: vec![(4711, 123_456)],
+        }],
         journal: JournalMemo { seq: 12, pending: vec![(12, Arc::from("{\"seq\":12}"))] },
     }
 }

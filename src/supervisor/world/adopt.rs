@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::super::blob::{ChannelMemo, ListenerMemo};
+use super::super::blob::{ChannelMemo, ListenerMemo, ToldMemo};
 use super::super::tag::{Held, Tag};
 use super::super::variables::Variables;
 use super::start::Parts;
@@ -34,6 +34,8 @@ pub struct Legacy {
     pub channels: Vec<ChannelMemo>,
     /// From the blob.
     pub listeners: Vec<ListenerMemo>,
+    /// From the blob.
+    pub told: Vec<ToldMemo>,
     /// Whether what a blob said of instances and channels is there, and believed.
     pub remembered: bool,
 }
@@ -61,6 +63,8 @@ impl World {
         self.adopt_cluster_listeners(&mut legacy);
         let mut channels: HashMap<InstanceId, ChannelMemo> =
             legacy.channels.drain(..).map(|memo| (memo.id.clone(), memo)).collect();
+        let mut told: HashMap<InstanceId, Vec<ProcessId>> =
+            legacy.told.drain(..).map(|memo| (memo.id.clone(), memo.told())).collect();
         let mut found = Vec::new();
         for child in &legacy.children {
             let Some(tag) = Tag::decode(&child.tag) else {
@@ -93,8 +97,12 @@ impl World {
                     ChildState::Exited(status) => Some(reason_of(status)),
                     ChildState::Starting | ChildState::Running => None,
                 },
+                signalled: told.contains_key(&tag.id),
             });
             self.take_over(child, tag, spec.clone(), memo, &mut legacy.held);
+        }
+        for (id, run) in &mut self.runs {
+            run.told = told.remove(id);
         }
         self.dispatch.send(Command::Adopted);
         self.adopt_steering();
@@ -159,6 +167,7 @@ impl World {
             .map(|(_, key)| OpenListener {
                 key: key.clone(),
                 query: Query { seq: u64::MAX, ..Query::default() },
+                listening: true,
             })
             .collect();
         ChannelMemo { id: id.clone(), ready: true, node_version: None, open }
@@ -184,16 +193,18 @@ impl World {
         held: &mut BTreeMap<String, OwnedFd>,
     ) {
         let id = tag.id.clone();
+        let lines = take_lines(&tag, held);
         let mut take = |kind: Held| held.remove(&tag.held(kind));
         let (ready, node_version, open) =
             memo.map_or((false, None, Vec::new()), |memo| (memo.ready, memo.node_version, memo.open));
+        let inbox = take(Held::Inbox);
         let parts = Parts {
             out: take(Held::Out),
             err: take(Held::Err),
             channel: take(Held::Channel),
             notify: take(Held::Notify),
             ready: take(Held::Ready),
-            adopted: Some(Adopted { ready, open: open.clone() }),
+            adopted: Some(Adopted { ready, open: open.clone(), inbox, lines }),
         };
         // The keeper keeps the app's stdin open; our copy is not needed.
         drop(take(Held::Stdin));
@@ -217,11 +228,20 @@ impl World {
             ready,
             open,
             end: End { exited, ..End::default() },
+            told: None,
+            skipped_lines: 0,
             tag,
         };
         self.runs.insert(id.clone(), run);
         self.connect_parts(&id, parts);
     }
+}
+
+/// The long lines for an app that an earlier supervisor had not sent whole.
+fn take_lines(tag: &Tag, held: &mut BTreeMap<String, OwnedFd>) -> BTreeMap<u64, OwnedFd> {
+    let names: Vec<(String, u64)> =
+        held.keys().filter_map(|name| Some((name.clone(), tag.line_number(name)?))).collect();
+    names.into_iter().filter_map(|(name, number)| Some((number, held.remove(&name)?))).collect()
 }
 
 /// The environment a process was started with, from the kernel; empty for a zombie.

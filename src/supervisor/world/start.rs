@@ -5,7 +5,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::sync::Arc;
 
 use super::super::launch::{self, Descriptors, Launch, Role};
@@ -17,7 +16,7 @@ use crate::dispatch::{ChannelKind, Command, Greeting, NewInstance};
 use crate::keeper::link::{LinkError, SpawnRequest};
 use crate::keeper::wire;
 use crate::logs::naming::{is_merged, log_paths};
-use crate::logs::pump::{Attachment, Pipe};
+use crate::logs::pump::{Attachment, Pipe, Route};
 use crate::logs::stamp::Stamp;
 use crate::logs::writer::Target;
 use crate::model::id::{InstanceId, PmId, Slot};
@@ -137,6 +136,8 @@ impl World {
             ready: false,
             open: Vec::new(),
             end: End::default(),
+            told: None,
+            skipped_lines: 0,
         };
         self.runs.insert(id.clone(), run);
         self.connect(id, &mut ends);
@@ -232,19 +233,18 @@ impl World {
             }
         }
         run.ears = ears;
-        let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, is_merged(&spec), pm_id);
-        let pipe = |fd: Option<OwnedFd>, path: &Path| {
-            fd.map(|fd| Pipe { fd, target: Target::file(path.to_owned(), None) })
-        };
+        let Route { out, err, stamp, overflow, .. } = self.route(id, &spec, pm_id);
+        let pipe = |fd: Option<OwnedFd>, target: Target| fd.map(|fd| Pipe { fd, target });
         let mark = hooks::mark(id, &spec);
         if let Some(console) = &self.console {
             self.logs.print(id.clone(), console.tap(id, spec.instances == 1, &mark));
         }
         let attachment = Attachment {
             id: id.clone(),
-            out: pipe(parts.out, &paths.out),
-            err: pipe(parts.err, &paths.err),
-            stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
+            out: pipe(parts.out, out),
+            err: pipe(parts.err, err),
+            stamp,
+            overflow,
             mark,
             watch: log_watch(&spec),
         };
@@ -274,6 +274,18 @@ impl World {
                 adopted: parts.adopted,
             };
             self.dispatch.send(Command::AddInstance(Box::new(new)));
+        }
+    }
+
+    /// Where the output of a run goes.
+    pub(super) fn route(&self, id: &InstanceId, spec: &AppSpec, pm_id: PmId) -> Route {
+        let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, is_merged(spec), pm_id);
+        Route {
+            id: id.clone(),
+            out: Target::file(paths.out, None),
+            err: Target::file(paths.err, None),
+            stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
+            overflow: spec.logs.overflow,
         }
     }
 

@@ -3,6 +3,7 @@
 //! A step sends signals and says what to wait for; it never waits itself.
 //!
 //! ```text
+//! Follow ──────────────────────▶ Following
 //! Stop ──▶ signalled, answered ──▶ Following (a shell that outlives its command) ──▶ done
 //! EndLeftovers ──▶ Ending ──grace──▶ Freezing ──▶ Dying ──▶ Empty, or Left
 //! KillAll ─────────────────────────▶ Freezing ──▶ Dying ──▶ Empty, or Left
@@ -87,7 +88,7 @@ pub(super) enum Step {
     /// Wait for what lives of the tree, at most until then; if nothing does, look again.
     Wait(Moment),
     /// Wait for this process alone. These got the signal: the answer, unless it is empty.
-    Follow(ProcessId, Vec<i32>),
+    Follow(ProcessId, Vec<ProcessId>),
     /// Wait until then.
     Sleep(Moment),
     /// Over; answered already.
@@ -103,6 +104,7 @@ impl Job {
             TreeOp::Signal { mode, signal } | TreeOp::Stop { mode, signal } => {
                 Phase::Signalling { mode, signal }
             }
+            TreeOp::Follow { target, signal } => Phase::Following { signal, target, gone_at: None },
             TreeOp::KillAll => freezing(now),
             TreeOp::EndLeftovers { .. } => Phase::EndingFirst,
             TreeOp::AwaitEmpty { deadline } => Phase::Awaiting { until: deadline },
@@ -247,13 +249,13 @@ fn freezing(now: Moment) -> Phase {
 ///
 /// # Errors
 /// The last one, if nothing could be signalled.
-fn tell(scanner: &mut Scanner, processes: &[ProcessId], signal: Signal) -> io::Result<Vec<i32>> {
+fn tell(scanner: &mut Scanner, processes: &[ProcessId], signal: Signal) -> io::Result<Vec<ProcessId>> {
     let mut told = Vec::new();
     let mut failed = None;
     for &process in processes {
         // A stopped process acts on the signal only when it is continued. It may have ended of the signal already.
         match signal_process(scanner.procfs(), process, &[signal.number(), libc::SIGCONT]) {
-            Ok(true) => told.push(process.pid),
+            Ok(true) => told.push(process),
             Ok(false) => {}
             Err(error) => failed = Some(error),
         }

@@ -66,6 +66,14 @@ pub enum TreeOp {
         /// Which.
         signal: Signal,
     },
+    /// Go on with a `Stop` in mode `Target` after `target` got its signal from a supervisor that was killed. Not
+    /// answered.
+    Follow {
+        /// Who got it.
+        target: ProcessId,
+        /// Which it was.
+        signal: Signal,
+    },
     /// SIGKILL everything, the main process included. Answered [`Outcome::Empty`], or [`Outcome::Left`] after 5 s.
     KillAll,
     /// End what an exited main process left behind: the signal, after `grace` SIGKILL. Answered as `KillAll`.
@@ -98,7 +106,7 @@ pub struct TreeEvent {
 #[derive(Clone, Debug)]
 pub enum Outcome {
     /// The signal was sent to these processes; to none when there was nothing to signal.
-    Signalled(Vec<i32>),
+    Signalled(Vec<ProcessId>),
     /// Nothing of the instance runs any more. A main process that waits to be reaped does not count.
     Empty,
     /// These were still there at the end of the time.
