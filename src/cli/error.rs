@@ -9,6 +9,7 @@ use crate::store::container::NoPlace;
 use crate::store::paths::{Home, HomeError, user_name};
 
 use super::output::Terminal;
+use super::silent;
 
 /// Exit codes (design: command line).
 pub mod code {
@@ -243,7 +244,9 @@ impl CliError {
             Self::Protocol { source } => Some(chain(source)),
             Self::DaemonDied { cause, .. } => Some(cause.clone()),
             Self::Refused(refused) => refused.cause.clone(),
-            Self::NotResponding { .. } => Some("it said nothing for 4 seconds".to_owned()),
+            Self::NotResponding { home } => Some(
+                silent::why(home).map_or_else(|| "it said nothing for 4 seconds".to_owned(), |why| why.0),
+            ),
             _ => None,
         }
     }
@@ -263,9 +266,12 @@ impl CliError {
             Self::NotYours { owner, .. } => {
                 Some(format!("Run `sudo -u {owner} pm ...`, or use a home of your own with --home."))
             }
-            Self::NotResponding { home } => Some(format!(
-                "It may be stopped or overloaded: see `ps -o pid,stat,args -C pm` and {:?}.",
-                home.join("pm.log")
+            Self::NotResponding { home } => Some(silent::why(home).map_or_else(
+                || {
+                    let log = home.join("pm.log");
+                    format!("It may be stopped or overloaded: see `ps -o pid,stat,args -C pm` and {log:?}.")
+                },
+                |why| why.1,
             )),
             Self::DaemonDied { log, .. } => {
                 Some(format!("`pm daemon` runs it in the foreground; its log is {log:?}."))

@@ -12,6 +12,7 @@ pub mod error;
 pub mod interrupt;
 pub mod output;
 pub mod serve;
+mod silent;
 pub mod specs;
 pub mod systemctl;
 pub mod unit;

@@ -43,6 +43,8 @@ pub fn log_to_stderr() {
     let lines = tracing_subscriber::fmt::layer()
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
+        // A full disk would be told on stderr, which is what lies there, and failing at that is a panic.
+        .log_internal_errors(false)
         .with_writer(io::stderr);
     tracing_subscriber::registry().with(lines).with(filter(Level::INFO)).init();
 }

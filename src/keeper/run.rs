@@ -221,6 +221,7 @@ impl Keeper {
         watched.extend([libc::SIGCHLD, LEAVE_SIGNAL]);
         let signals = step("take signals", Signals::block(&watched))?;
         step("take SIGCHLD", poll::default_sigchld())?;
+        step("ignore SIGXFSZ", poll::ignore_sigxfsz())?;
         step("become a subreaper", child::become_subreaper())?;
         let open_files = step("raise its limit on open files", limits::raise_open_files())?;
         let oom_score_adj = limits::oom_score_adj().unwrap_or(0);

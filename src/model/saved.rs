@@ -99,6 +99,9 @@ pub struct Memo {
     /// One per reload that is going on.
     #[serde(default)]
     pub reloads: Vec<ReloadMemo>,
+    /// Apps that were deleted although the disk did not take it.
+    #[serde(default)]
+    pub deleted: Vec<AppName>,
 }
 
 /// Which of an app's hooks.

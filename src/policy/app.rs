@@ -442,8 +442,8 @@ impl App {
         self.launch(slot, spec, revision, START_SETTLE, shared);
     }
 
-    /// Puts a new run into the launch queue, if a generation is reserved for it; else asks for that first. Says whether
-    /// it did.
+    /// Puts a new run into the launch queue, if a generation is reserved for it, or cannot be; else asks for that first.
+    /// Says whether it did.
     pub(super) fn launch(
         &mut self,
         slot: Slot,
@@ -462,7 +462,7 @@ impl App {
                 .ledger
                 .push(Change::Reserve { app: self.name.clone() }, After::Reserved { app: self.name.clone() });
         }
-        if left == 0 {
+        if left == 0 && !state.overdraws {
             return false;
         }
         let generation = Generation(state.next_generation);

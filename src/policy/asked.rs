@@ -333,7 +333,9 @@ impl App {
                 });
                 let idle = self.slots.iter().all(|(slot, state)| !chosen(*slot) || state.runs.is_empty());
                 // With a save under way the desired state may be about to say otherwise.
-                if down && idle && shared.ledger.under_way.is_none() && shared.ledger.waiting.is_empty() {
+                let settled = shared.ledger.under_way.is_none() && shared.ledger.waiting.is_empty();
+                // What is down but not remembered is not done: whoever asks again hears how it is now.
+                if down && idle && settled && shared.ledger.unsaved.is_none() {
                     return Err(AppOutcome::Already { what: "stopped" });
                 }
                 let change = Change::Stop { app, slots: slots.clone() };

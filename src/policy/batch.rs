@@ -157,6 +157,7 @@ fn well(outcome: &AppOutcome) -> bool {
         | AppOutcome::Unfit { .. }
         | AppOutcome::Superseded { .. }
         | AppOutcome::NotRemembered { .. }
+        | AppOutcome::StillListed { .. }
         | AppOutcome::NotSaved { .. } => false,
     }
 }

@@ -22,6 +22,7 @@ pub(super) struct Ending {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EndKind {
     Kill,
+    KillUnlisted,
     Terminate,
 }
 
@@ -55,6 +56,11 @@ impl Fleet {
     pub(super) fn kill(&mut self, op: OpId) {
         self.begin_ending(op, EndKind::Kill, "kill");
         self.shared.ledger.push_regardless(Change::CondemnAll, After::KillBegins);
+    }
+
+    pub(super) fn kill_unlisted(&mut self, op: OpId, error: &str) {
+        self.begin_ending(op, EndKind::KillUnlisted, "kill");
+        self.go_down(Some(error));
     }
 
     pub(super) fn terminate(&mut self, op: OpId) {
@@ -93,7 +99,7 @@ impl Fleet {
             return;
         }
         match ending.kind {
-            EndKind::Terminate => self.over(None),
+            EndKind::Terminate | EndKind::KillUnlisted => self.over(None),
             EndKind::Kill => {
                 ending.stage = EndStage::Forgetting;
                 let names: Vec<AppName> = self.shared.ledger.wanted.names().cloned().collect();
@@ -112,13 +118,16 @@ impl Fleet {
     pub(super) fn over(&mut self, error: Option<&str>) {
         let Some(ending) = &mut self.ending else { return };
         ending.stage = EndStage::Over;
-        let unsaved = error.map(str::to_owned).or_else(|| ending.unsaved.take());
+        // Every save carries the whole state: the last one may have made up for the first.
+        let remembered = ending.kind == EndKind::Kill && self.shared.ledger.unsaved.is_none();
+        let first = ending.unsaved.take();
+        let unsaved = error.map(str::to_owned).or(first).filter(|_| !remembered);
         let apps: Vec<_> = ending
             .names
             .iter()
             .map(|(app, slots)| {
                 let outcome = match &unsaved {
-                    Some(error) => AppOutcome::NotRemembered { what: "stopped", error: error.clone() },
+                    Some(error) => AppOutcome::StillListed { error: error.clone() },
                     None => AppOutcome::Done { what: "stopped", slots: *slots },
                 };
                 (app.clone(), outcome)

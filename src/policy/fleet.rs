@@ -74,8 +74,6 @@ pub struct Fleet {
     pub(super) ending: Option<Ending>,
     /// When to write the state again, after that failed.
     pub(super) write_again: Option<Moment>,
-    /// The state on disk is older than the one in memory.
-    pub(super) unsaved: bool,
     pub(super) changed: u64,
     /// Nothing that goes down is waited for any more.
     pub(super) hurried: bool,
@@ -111,7 +109,6 @@ impl Fleet {
             touched: BTreeSet::new(),
             ending: None,
             write_again: None,
-            unsaved: false,
             changed: 0,
             hurried: false,
         }
@@ -202,16 +199,23 @@ impl Fleet {
         self.shared.ledger.wanted.to_saved()
     }
 
+    /// Why the state on disk is older than this one, while it is. It is tried again by itself.
+    #[must_use]
+    pub fn unsaved(&self) -> Option<&str> {
+        self.shared.ledger.unsaved.as_deref()
+    }
+
     /// The actual state, for the next supervisor of this boot. To be written before the actions of the turn are
     /// performed: then what was begun is known also when it was not done, and nobody is signalled twice.
     #[must_use]
     pub fn memo(&self) -> Memo {
-        let mut memo = Memo::default();
+        let deleted = self.shared.ledger.deleted.iter().cloned().collect();
+        let mut memo = Memo { deleted, ..Memo::default() };
         for app in self.apps.values() {
             memo.hooks.extend(app.owed_hook());
             for (slot, state) in &app.slots {
                 let mut slot_memo = state.memo(&app.name, *slot);
-                slot_memo.stop_unsaved = self.unsaved
+                slot_memo.stop_unsaved = self.unsaved().is_some()
                     && self
                         .shared
                         .ledger
@@ -479,11 +483,10 @@ impl Fleet {
     }
 
     pub(super) fn save_failed(&mut self, save: SaveId, error: &str) {
-        let pending = self.shared.ledger.failed(save);
+        let pending = self.shared.ledger.failed(save, error);
         self.shared.graph = Graph::of(&self.shared.ledger.wanted);
-        if pending.iter().any(|one| one.regardless) {
+        if self.shared.ledger.unsaved.is_some() {
             self.write_again = Some(self.shared.now + SAVE_AGAIN);
-            self.unsaved = true;
         }
         self.after_save(pending, Some(error));
     }
@@ -491,7 +494,13 @@ impl Fleet {
     pub(super) fn after_save(&mut self, pending: Vec<Pending>, error: Option<&str>) {
         if error.is_none() && !pending.is_empty() {
             self.write_again = None;
-            self.unsaved = false;
+            for (name, app) in &mut self.apps {
+                for state in app.slots.values_mut().filter(|state| state.overdraws) {
+                    // The disk takes something again: what was used without having been reserved is reserved first.
+                    (state.overdraws, state.reserve_at) = (false, None);
+                    self.touched.insert(name.clone());
+                }
+            }
         }
         for one in pending {
             match one.after {
@@ -509,6 +518,7 @@ impl Fleet {
                     for state in app.slots.values_mut().filter(|state| state.reserving) {
                         state.reserving = false;
                         state.reserve_at = error.map(|_| shared.now + SAVE_AGAIN);
+                        state.overdraws = error.is_some();
                     }
                 }),
                 After::KillBegins => self.go_down(error),

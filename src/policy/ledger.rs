@@ -4,6 +4,8 @@
 //! cost two writes and not a hundred. What a change makes possible begins when it is durable. A failed save leaves the
 //! desired state as it was, but for changes that are made all the same (stop, delete).
 
+use std::collections::BTreeSet;
+
 use crate::model::id::AppName;
 
 use super::vocabulary::SaveId;
@@ -55,6 +57,10 @@ pub(super) struct Ledger {
     pub(super) wanted: Wanted,
     pub(super) waiting: Vec<Pending>,
     pub(super) under_way: Option<Batch>,
+    /// Why what is on disk is older than `wanted`: changes were made regardless.
+    pub(super) unsaved: Option<String>,
+    /// Apps that are on disk because of that, although they are deleted.
+    pub(super) deleted: BTreeSet<AppName>,
     saves: u64,
 }
 
@@ -95,6 +101,9 @@ impl Ledger {
         match self.under_way.take_if(|batch| batch.save == save) {
             Some(batch) => {
                 self.wanted = batch.candidate;
+                // Every save carries the whole state.
+                self.unsaved = None;
+                self.deleted.clear();
                 batch.pending
             }
             None => Vec::new(),
@@ -102,14 +111,20 @@ impl Ledger {
     }
 
     /// The save under way failed: only what is done regardless is done.
-    pub(super) fn failed(&mut self, save: SaveId) -> Vec<Pending> {
+    pub(super) fn failed(&mut self, save: SaveId, error: &str) -> Vec<Pending> {
         match self.under_way.take_if(|batch| batch.save == save) {
             Some(batch) => {
+                if batch.pending.iter().any(|one| one.regardless) {
+                    self.unsaved = Some(error.to_owned());
+                }
                 for one in &batch.pending {
                     // A restart goes on without a release of its own: its number would not be known to the next
                     // supervisor, and be given out twice.
                     if one.regardless && !matches!(one.change, Change::Release { .. }) {
                         self.wanted.apply(&one.change);
+                        if let Change::Remove { app } = &one.change {
+                            self.deleted.insert(app.clone());
+                        }
                     }
                 }
                 batch.pending

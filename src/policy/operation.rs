@@ -526,7 +526,9 @@ impl App {
         let Some(operation) = &self.operation else { return };
         let what = operation.what;
         let slots = operation.slots.as_ref().map_or(self.slots.len(), BTreeSet::len);
-        let outcome = match (&operation.unsaved, &operation.hook_failure) {
+        // Every save carries the whole state: a later one may have made up for it.
+        let unsaved = operation.unsaved.as_ref().filter(|_| shared.ledger.unsaved.is_some());
+        let outcome = match (unsaved, &operation.hook_failure) {
             (None, Some((hook, id, why))) => {
                 AppOutcome::HookFailed { hook: *hook, id: id.clone(), why: why.clone(), done: Some(what) }
             }

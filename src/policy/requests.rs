@@ -25,8 +25,8 @@ impl Fleet {
                 (Command::Terminate, Some(ending)) if ending.stage != EndStage::Over => {
                     ending.clients.push(op);
                 }
-                (Command::Kill, Some(ending))
-                    if ending.kind == EndKind::Kill && ending.stage != EndStage::Over =>
+                (Command::Kill | Command::KillUnlisted { .. }, Some(ending))
+                    if ending.kind != EndKind::Terminate && ending.stage != EndStage::Over =>
                 {
                     ending.clients.push(op);
                 }
@@ -63,6 +63,7 @@ impl Fleet {
             }
             Command::Resurrect { saved } => resurrected(saved),
             Command::Kill => return self.kill(op),
+            Command::KillUnlisted { error } => return self.kill_unlisted(op, &error),
             Command::Terminate => return self.terminate(op),
             Command::Reset { selection } => return self.reset(op, &selection),
         };
@@ -136,7 +137,11 @@ impl Fleet {
                 specs.iter().collect()
             }
             Command::Resurrect { saved } => saved.apps.iter().map(|app| &app.spec).collect(),
-            Command::Scale { .. } | Command::Kill | Command::Terminate | Command::Reset { .. } => {
+            Command::Scale { .. }
+            | Command::Kill
+            | Command::KillUnlisted { .. }
+            | Command::Terminate
+            | Command::Reset { .. } => {
                 return None;
             }
         };

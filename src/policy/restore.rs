@@ -73,6 +73,11 @@ impl Fleet {
             fleet.shared.ledger.wanted.apply(&stop);
             fleet.shared.ledger.push_regardless(stop, After::Nothing);
         }
+        for app in memo.deleted {
+            let delete = Change::Remove { app };
+            fleet.shared.ledger.wanted.apply(&delete);
+            fleet.shared.ledger.push_regardless(delete, After::Nothing);
+        }
         let names: Vec<AppName> = fleet.shared.ledger.wanted.names().cloned().collect();
         for name in names {
             let app = fleet.adopt_app(&name, &mut slots);
@@ -134,7 +139,8 @@ impl Fleet {
         }
         // Every slot gets new generations in one save: those that were reserved may have been used.
         if names.is_empty() {
-            return (fleet, Vec::new());
+            let actions = fleet.settle();
+            return (fleet, actions);
         }
         for name in &names {
             fleet

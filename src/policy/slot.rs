@@ -35,6 +35,9 @@ pub(super) struct SlotState {
     pub(super) reserving: bool,
     /// When to ask again, after that failed.
     pub(super) reserve_at: Option<Moment>,
+    /// The disk has refused them, and no app stays down because of that: until it takes them again, generations are
+    /// used that are not reserved. The next supervisor knows those from the blob and from what runs.
+    pub(super) overdraws: bool,
     /// Runs that were replaced here because they were unhealthy.
     pub(super) relapses: Relapses,
 }
@@ -71,6 +74,7 @@ impl SlotState {
             launched: false,
             reserving: false,
             reserve_at: None,
+            overdraws: false,
             relapses: Relapses::default(),
         }
     }

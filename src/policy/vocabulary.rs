@@ -251,6 +251,11 @@ pub enum Command {
     },
     /// Save the list, end everything, forget everything: `pm kill`.
     Kill,
+    /// The same, but nothing is forgotten: the list could not be saved, and would be lost.
+    KillUnlisted {
+        /// Why not.
+        error: String,
+    },
     /// End the daemon's work without changing the desired state: SIGTERM. Apps are stopped by the ladder.
     Terminate,
     /// Set the restart counters of these to zero.
@@ -645,6 +650,12 @@ pub enum AppOutcome {
     NotRemembered {
         /// What was done.
         what: &'static str,
+        /// Why it could not be written.
+        error: String,
+    },
+    /// Stopped by `kill`, but the state could not be written, and the daemon ends: the next one starts it again. Exit
+    /// code 1.
+    StillListed {
         /// Why it could not be written.
         error: String,
     },

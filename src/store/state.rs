@@ -1,9 +1,12 @@
 //! state.json: the desired state, and the shell environments it refers to.
 //!
 //! A write goes to a file aside, fsync, rename, fsync of the directory; the state before it stays as `state.json.prev`.
-//! So a crash at any instant, or a full disk, leaves the last acknowledged state readable. Environments lie in
-//! `env/` under the hash of their content, 0600 and never in state.json: a hundred apps started from one shell share
-//! one file.
+//! So a crash at any instant, a full disk or a failing one leaves the last acknowledged state readable. What fails is
+//! taken back, because whoever asked is told that nothing was changed. Environments lie in `env/` under the hash of
+//! their content, 0600 and never in state.json: a hundred apps started from one shell share one file.
+//!
+//! Never goes back in time by itself: the state before is read only when the newest one is not there or is no state.
+//! One that cannot be read now, or is of a newer pm, is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -89,8 +92,10 @@ struct VersionOnly {
 pub struct StateStore {
     file: PathBuf,
     env_dir: PathBuf,
-    /// Files known to lie in `env/`.
+    /// Files known to lie in `env/`, whole.
     written: BTreeSet<String>,
+    /// What lies in `file` is no state, and must not take the place of the one before it.
+    damaged: bool,
 }
 
 /// What was loaded, and what is to be said about it.
@@ -106,34 +111,44 @@ impl StateStore {
     /// A store that keeps its state in `file` and environments in `env_dir`.
     #[must_use]
     pub fn new(file: PathBuf, env_dir: PathBuf) -> Self {
-        Self { file, env_dir, written: BTreeSet::new() }
+        Self { file, env_dir, written: BTreeSet::new(), damaged: false }
     }
 
-    /// Reads the state, or the one before it when the newest is unreadable.
+    /// Reads the state, or the one before it when the newest is no state or is not there.
     ///
     /// # Errors
-    /// When neither can be read although one is there: starting empty would forget what was acknowledged.
+    /// When neither can be read although one is there: starting empty would forget what was acknowledged. Also when the
+    /// newest cannot be read now, or by this pm: the one before it would undo what was acknowledged since.
     pub fn load(&mut self) -> Result<Loaded, StateError> {
-        let newest = self.read(&self.file.clone());
+        let mut complaints = Vec::new();
+        let newest = self.read(&self.file.clone(), &mut complaints);
         let previous = previous_of(&self.file);
-        match newest {
-            Ok(Some(state)) => Ok(Loaded { state, warning: None }),
-            Ok(None) => Ok(match self.read(&previous)? {
-                // Between the two renames of a write there is only the previous state.
-                Some(state) => Loaded { state, warning: None },
-                None => Loaded::default(),
-            }),
-            Err(error) => match self.read(&previous) {
-                Ok(Some(state)) => {
-                    let warning = Some(format!("{error}; the state before it was loaded"));
-                    Ok(Loaded { state, warning })
-                }
-                _ => Err(error),
-            },
-        }
+        let state = match newest {
+            Ok(Some(state)) => state,
+            // Between the two renames of a write there is only the previous state.
+            Ok(None) => self.read(&previous, &mut complaints)?.unwrap_or_default(),
+            Err(error @ StateError::Content { .. }) => {
+                complaints.clear();
+                let Ok(Some(state)) = self.read(&previous, &mut complaints) else { return Err(error) };
+                self.damaged = true;
+                let kept = damaged_of(&self.file);
+                complaints.insert(
+                    0,
+                    format!(
+                        "{error}; the state before it was loaded, without the last change. The damaged file is kept \
+                         as {}",
+                        kept.display()
+                    ),
+                );
+                state
+            }
+            Err(error) => return Err(error),
+        };
+        let warning = (!complaints.is_empty()).then(|| complaints.join("; "));
+        Ok(Loaded { state, warning })
     }
 
-    fn read(&mut self, path: &Path) -> Result<Option<State>, StateError> {
+    fn read(&mut self, path: &Path, complaints: &mut Vec<String>) -> Result<Option<State>, StateError> {
         let text = match fs::read(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -151,8 +166,16 @@ impl StateStore {
             let shell = if let Some(shell) = known.get(&name) {
                 shell.clone()
             } else {
-                let shell = Arc::new(read_shell(&self.env_dir.join(&name))?);
-                self.written.insert(name.clone());
+                let (shell, whole) = read_shell(&self.env_dir.join(&name))?;
+                match whole {
+                    Ok(()) => drop(self.written.insert(name.clone())),
+                    // An app without its shell's variables is better than no app.
+                    Err(why) => complaints.push(format!(
+                        "{why}; `{app}` gets its next start without the variables of the shell it was started from, \
+                         until `pm restart {app} --update-env`"
+                    )),
+                }
+                let shell = Arc::new(shell);
                 known.insert(name.clone(), shell.clone());
                 shell
             };
@@ -164,7 +187,7 @@ impl StateStore {
     /// Writes the state durably, then removes environments that nothing refers to any more.
     ///
     /// # Errors
-    /// When any step fails; the state that was on disk before is still readable then.
+    /// When any step fails; the state that was on disk before is the one that will be read then.
     pub fn save(&mut self, state: &State) -> Result<(), StateError> {
         let mut shells = BTreeMap::new();
         for (app, shell) in &state.shells {
@@ -180,7 +203,9 @@ impl StateStore {
         let file = StateFile { version: VERSION, fleet: state.fleet.clone(), shells };
         let text = serde_json::to_vec(&file)
             .map_err(|source| StateError::Content { path: self.file.clone(), source })?;
-        write_durably(&self.file, &text, Some(&previous_of(&self.file)))?;
+        let keep = if self.damaged { damaged_of(&self.file) } else { previous_of(&self.file) };
+        write_durably(&self.file, &text, Some(&keep))?;
+        self.damaged = false;
         // The previous state may still refer to them; should it ever be needed, its apps get a bare environment.
         let gone: Vec<String> = self.written.difference(&in_use).cloned().collect();
         if gone.len() > 16 {
@@ -205,14 +230,27 @@ pub fn remembers_apps(file: &Path) -> bool {
     struct Apps {
         apps: Vec<serde::de::IgnoredAny>,
     }
-    let text = fs::read(file).unwrap_or_default();
-    serde_json::from_slice(&text).is_ok_and(|Names { fleet }: Names| !fleet.apps.is_empty())
+    let names = |file: &Path| {
+        let text = fs::read(file).ok()?;
+        serde_json::from_slice::<Names>(&text).ok()
+    };
+    // As a daemon would read it.
+    names(file).or_else(|| names(&previous_of(file))).is_some_and(|names| !names.fleet.apps.is_empty())
+}
+
+fn with_suffix(file: &Path, suffix: &str) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
 }
 
 fn previous_of(file: &Path) -> PathBuf {
-    let mut name = file.as_os_str().to_owned();
-    name.push(".prev");
-    name.into()
+    with_suffix(file, ".prev")
+}
+
+/// What was found in place of a state, for whoever wants to look at it.
+fn damaged_of(file: &Path) -> PathBuf {
+    with_suffix(file, ".damaged")
 }
 
 fn shell_file_name(shell: &BTreeMap<String, String>) -> String {
@@ -221,45 +259,66 @@ fn shell_file_name(shell: &BTreeMap<String, String>) -> String {
     format!("{:016x}.json", hasher.finish())
 }
 
-fn read_shell(path: &Path) -> Result<BTreeMap<String, String>, StateError> {
+/// The variables in a file, and whether they are all there: `Err` says why not.
+///
+/// # Errors
+/// When it cannot be read now, but perhaps later.
+#[expect(clippy::type_complexity, reason = "a name for it would say less")]
+fn read_shell(path: &Path) -> Result<(BTreeMap<String, String>, Result<(), String>), StateError> {
+    let lost = |why: String| Ok((BTreeMap::new(), Err(why)));
     match fs::read(path) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map_err(|source| StateError::Content { path: path.to_owned(), source }),
-        // An app without its shell's variables is better than no app.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Ok(text) => match serde_json::from_slice(&text) {
+            Ok(shell) => Ok((shell, Ok(()))),
+            Err(error) => lost(format!("{path:?} is damaged: {error}")),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => lost(format!("{path:?} is missing")),
         Err(source) => Err(StateError::Read { path: path.to_owned(), source }),
     }
 }
 
-/// Writes `text` to `path` so that after a crash at any instant either the old or the new content is there.
+/// Writes `text` to `path` so that after a crash at any instant either the old or the new content is there. The old
+/// content stays under the name `previous`.
 fn write_durably(path: &Path, text: &[u8], previous: Option<&Path>) -> Result<(), StateError> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| StateError::Write { path, source }
     };
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".new");
-    let aside = PathBuf::from(aside);
+    let aside = with_suffix(path, ".new");
     let written = (|| {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
         file.write_all(text)?;
-        file.sync_all()
+        file.sync_data()
     })();
     if let Err(source) = written {
         // A full disk must not stay full because of us.
         let _ = fs::remove_file(&aside);
-        return Err(StateError::Write { path: aside, source });
+        return Err(StateError::Write { path: path.to_owned(), source });
     }
-    if let Some(previous) = previous {
-        match fs::rename(path, previous) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(failed(previous)(source)),
+    let kept = match previous {
+        None => false,
+        Some(previous) => match fs::rename(path, previous) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(source) => {
+                let _ = fs::remove_file(&aside);
+                return Err(failed(previous)(source));
+            }
+        },
+    };
+    let placed = fs::rename(&aside, path)
+        .map_err(failed(path))
+        .and_then(|()| File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed(dir)));
+    if placed.is_err() {
+        // Whoever asked is told that it was not saved, so the next one to read must not find it. Where this fails too
+        // there is nothing left to try: without the newest state the one before is read.
+        let _ = fs::rename(path, &aside);
+        if let (Some(previous), true) = (previous, kept) {
+            let _ = fs::rename(previous, path);
         }
+        let _ = fs::remove_file(&aside);
     }
-    fs::rename(&aside, path).map_err(failed(path))?;
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed(dir))
+    placed
 }
 
 #[cfg(test)]
@@ -311,11 +370,123 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_state_does_not_take_the_place_of_the_one_before_and_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut saved = store(dir.path());
+        saved.save(&state(1)).unwrap();
+        saved.save(&state(2)).unwrap();
+        fs::write(dir.path().join("state.json"), "garbage").unwrap();
+        let mut next = store(dir.path());
+        assert!(next.load().unwrap().warning.unwrap().contains("state.json.damaged"));
+        next.save(&state(3)).unwrap();
+        // Should the new one be lost in its turn, the last good one is still there.
+        fs::write(dir.path().join("state.json"), "").unwrap();
+        assert_eq!(store(dir.path()).load().unwrap().state, state(1));
+        assert_eq!(fs::read_to_string(dir.path().join("state.json.damaged")).unwrap(), "garbage");
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_read_now_is_not_undone_by_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut saved = store(dir.path());
+        saved.save(&state(1)).unwrap();
+        saved.save(&state(2)).unwrap();
+        fs::remove_file(dir.path().join("state.json")).unwrap();
+        fs::create_dir(dir.path().join("state.json")).unwrap();
+        assert!(matches!(store(dir.path()).load(), Err(StateError::Read { .. })));
+        fs::remove_dir(dir.path().join("state.json")).unwrap();
+        fs::write(dir.path().join("state.json"), r#"{"version":99}"#).unwrap();
+        assert!(matches!(store(dir.path()).load(), Err(StateError::Version { version: 99, .. })));
+    }
+
+    #[test]
+    fn a_damaged_environment_costs_its_variables_and_not_the_app() {
+        let dir = tempfile::tempdir().unwrap();
+        store(dir.path()).save(&state(7)).unwrap();
+        let shell = fs::read_dir(dir.path().join("env")).unwrap().next().unwrap().unwrap().path();
+        for damage in [Some(&b""[..]), Some(b"{\"SECRET\":\"hu"), None] {
+            match damage {
+                Some(text) => fs::write(&shell, text).unwrap(),
+                None => fs::remove_file(&shell).unwrap(),
+            }
+            let loaded = store(dir.path()).load().unwrap();
+            assert_eq!(loaded.state.fleet, state(7).fleet);
+            assert_eq!(loaded.state.shells.values().next().unwrap().len(), 0);
+            let warning = loaded.warning.unwrap();
+            assert!(warning.contains("`api`") && warning.contains("--update-env"), "{warning}");
+        }
+        // The same environment is written again, not believed to be there.
+        let mut next = store(dir.path());
+        next.load().unwrap();
+        next.save(&state(7)).unwrap();
+        assert_eq!(store(dir.path()).load().unwrap().state, state(7));
+    }
+
+    /// Runs something on a thread whose system calls of these numbers fail with `errno`.
+    fn without<T: Send>(calls: &[i64], errno: i32, act: impl FnOnce() -> T + Send) -> T {
+        use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+        let filter: BpfProgram = SeccompFilter::new(
+            calls.iter().map(|call| (*call, Vec::new())).collect(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(errno.cast_unsigned()),
+            std::env::consts::ARCH.try_into().unwrap(),
+        )
+        .unwrap()
+        .try_into()
+        .unwrap();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                apply_filter(&filter).unwrap();
+                act()
+            });
+            thread.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn pain_11_whatever_step_of_a_save_the_disk_fails_the_last_acknowledged_state_is_read() {
+        #[cfg(target_arch = "x86_64")]
+        const RENAME: &[i64] = &[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2];
+        #[cfg(not(target_arch = "x86_64"))]
+        const RENAME: &[i64] = &[libc::SYS_renameat, libc::SYS_renameat2];
+        let steps: [(&str, &[i64]); 4] = [
+            ("write", &[libc::SYS_write]),
+            ("fsync of the file", &[libc::SYS_fdatasync]),
+            ("rename", RENAME),
+            ("fsync of the directory", &[libc::SYS_fsync]),
+        ];
+        for (step, calls) in steps {
+            for errno in [libc::EIO, libc::ENOSPC, libc::EROFS] {
+                for before in [None, Some(1)] {
+                    let dir = tempfile::tempdir().unwrap();
+                    let mut saved = store(dir.path());
+                    if let Some(before) = before {
+                        saved.save(&state(before)).unwrap();
+                    }
+                    let error = without(calls, errno, || saved.save(&state(2))).expect_err(step);
+                    let text = io::Error::from_raw_os_error(errno).to_string();
+                    assert!(error.to_string().ends_with(&text), "{step}: {error}");
+                    let loaded = store(dir.path()).load().unwrap();
+                    assert_eq!(loaded.state, before.map(state).unwrap_or_default(), "{step}");
+                    assert_eq!(loaded.warning, None, "{step}");
+                    assert!(!dir.path().join("state.json.new").try_exists().unwrap(), "{step}");
+                    // The disk recovers.
+                    saved.save(&state(3)).unwrap();
+                    assert_eq!(store(dir.path()).load().unwrap().state, state(3), "{step}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_crash_between_the_renames_leaves_the_state_before() {
         let dir = tempfile::tempdir().unwrap();
         store(dir.path()).save(&state(1)).unwrap();
         fs::rename(dir.path().join("state.json"), dir.path().join("state.json.prev")).unwrap();
         assert_eq!(store(dir.path()).load().unwrap().state, state(1));
+        assert!(!remembers_apps(&dir.path().join("state.json")));
+        fs::write(dir.path().join("state.json.prev"), r#"{"version":1,"fleet":{"apps":[{}]}}"#).unwrap();
+        assert!(remembers_apps(&dir.path().join("state.json")));
     }
 
     #[test]

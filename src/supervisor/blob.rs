@@ -42,6 +42,7 @@ mod kind {
     pub(super) const OPERATIONS: u32 = 7;
     pub(super) const JOURNAL: u32 = 8;
     pub(super) const TOLD: u32 = 9;
+    pub(super) const DELETED: u32 = 10;
 }
 
 /// What a supervisor leaves for the next one.
@@ -133,7 +134,7 @@ impl Sealer {
     #[must_use]
     pub fn seal(&mut self, blob: Blob, number: u64) -> Vec<u8> {
         let Blob { memo, channels, listeners, operations, journal, told } = blob;
-        let Memo { slots, instances, hooks, reloads } = memo;
+        let Memo { slots, instances, hooks, reloads, deleted } = memo;
         let mut half = vec![0; HEADER];
         let known = kept(&mut half, kind::SLOT, &mut self.slots, slots, |memo| (memo.app.clone(), memo.slot));
         self.slots = known;
@@ -146,6 +147,9 @@ impl Sealer {
         }
         for reload in &reloads {
             append(&mut half, kind::RELOAD, &json(reload));
+        }
+        for app in &deleted {
+            append(&mut half, kind::DELETED, &json(app));
         }
         for listener in &listeners {
             append(&mut half, kind::LISTENER, &json(listener));
@@ -247,6 +251,7 @@ impl Opened {
             kind::INSTANCE => read::<InstanceMemo>(record).map(|read| memo.instances.push(read)),
             kind::HOOK => read::<HookMemo>(record).map(|read| memo.hooks.push(read)),
             kind::RELOAD => read::<ReloadMemo>(record).map(|read| memo.reloads.push(read)),
+            kind::DELETED => read(record).map(|read| memo.deleted.push(read)),
             kind::CHANNEL => read(record).map(|read| channels.push(read)),
             kind::LISTENER => read(record).map(|read| listeners.push(read)),
             kind::OPERATIONS => read(record).map(|read| *operations = Some(read)),

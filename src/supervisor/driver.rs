@@ -32,9 +32,11 @@ use super::plan_view::plan_view;
 use super::probe::Finding;
 use super::publish::{Job, Publisher, Question};
 use super::recovery::OperationMemo;
+use super::room::{self, Need};
 use super::saver::{SaveDone, Saver};
 use super::shells::Shells;
 use super::upgrade::{Examined, PM_VERSION, Subject, Then as UpgradeThen, Upgrades, Wish as UpgradeWish};
+use super::silence::{self, Silence};
 use super::variables::Variables;
 use super::world::World;
 use crate::dispatch::DispatchEvent;
@@ -56,13 +58,14 @@ use crate::policy::fleet::Fleet;
 use crate::policy::reload_plan::ReloadPlan;
 use crate::policy::target::{self, NoTarget};
 use crate::policy::vocabulary::{
-    Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, Verb,
+    Action, AppOutcome, Command, Event, Outcome, Refusal, SaveId, Selected, SlotView, Verb,
 };
 use crate::store::environment::is_scrubbed;
 use crate::store::paths::Home;
 use crate::store::state::{Shell, State, StateStore};
+use crate::sys::procfs::Procfs;
 use crate::sys::tree::worker::TreeEvent;
-use crate::sys::{clock, watch};
+use crate::sys::{clock, limits, watch};
 
 /// Inputs handled in one turn of the loop before timers and clients get their chance.
 const BATCH: usize = 256;
@@ -134,6 +137,10 @@ pub struct Driver {
     publisher: Publisher,
     surveys: Surveys,
     operations: Operations,
+    /// Whether the keeper answers.
+    silence: Silence,
+    /// Who wants to know that.
+    pings: Vec<Replies>,
     journal: Journal,
     shells: Shells,
     /// Actions that wait for a save, oldest first.
@@ -263,6 +270,8 @@ impl Driver {
             publisher,
             surveys: Surveys::default(),
             operations,
+            silence: Silence::default(),
+            pings: Vec::new(),
             journal,
             kills,
             shells: Shells::new(shells),
@@ -322,7 +331,8 @@ impl Driver {
         self.decided.push_back(first);
         self.note_news();
         for op in std::mem::take(&mut self.kills) {
-            self.turn(Event::Asked { op, command: Command::Kill });
+            let command = self.kill_command();
+            self.turn(Event::Asked { op, command });
         }
         if let Some(signal) = terminate {
             self.terminate(signal);
@@ -338,8 +348,10 @@ impl Driver {
         while !self.quitting && !self.leaves() {
             self.give_notice();
             let words = self.unsaid.iter().map(|(_, _, until)| *until).min();
+            let answer = if self.is_waited_for() { self.silence.next_deadline() } else { None };
             let others = words
                 .into_iter()
+                .chain(answer)
                 .chain(self.surveys.next_deadline())
                 .chain(self.notices.next_deadline())
                 .chain(self.leaving);
@@ -380,6 +392,7 @@ impl Driver {
                 self.asked(ask);
             }
             self.settle();
+            self.mind_the_keeper();
             for job in self.surveys.ready(clock::now()) {
                 self.publisher.ask(job);
             }
@@ -412,6 +425,41 @@ impl Driver {
         if let Some(finished) = self.fleet.finished() {
             front.finished(clock::now(), &finished);
             self.raised.push_back(Event::Asked { op: OWN_OP, command: Command::Terminate });
+        }
+    }
+
+    fn is_waited_for(&self) -> bool {
+        self.operations.is_waited_for() || !self.pings.is_empty()
+    }
+
+    /// Nobody waits for a keeper that does not answer.
+    fn mind_the_keeper(&mut self) {
+        if !self.is_waited_for() {
+            return;
+        }
+        match self.silence.due(clock::now()) {
+            silence::Due::Nothing => {}
+            silence::Due::Ask(request) => self.world.ask_keeper(request),
+            silence::Due::Tell => {
+                let refused = keeper_hangs(
+                    self.world.keeper_pid(),
+                    "What was asked for goes on when it answers again.",
+                );
+                tracing::warn!(pid = self.world.keeper_pid(), "the keeper does not answer");
+                self.operations.tell_all(&refused);
+                for client in self.pings.drain(..) {
+                    let _ = client.send(Reply::Refused(refused.clone()));
+                }
+            }
+        }
+    }
+
+    fn pong(&self) -> Answer {
+        Answer::Pong {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            daemon_pid: self.world.keeper_pid(),
+            supervisor_pid: std::process::id(),
+            warnings: self.warnings(),
         }
     }
 
@@ -499,7 +547,7 @@ impl Driver {
                 Action::Reply { op, outcome } => self.end(op, outcome),
                 Action::Quit => {
                     if let Some(state) = self.unwritten_dump.take() {
-                        // The client knows already that it may be lost.
+                        // The client knows already that it may not be there.
                         let _ = self
                             .dump
                             .save(&state)
@@ -588,6 +636,13 @@ impl Driver {
         if let FromKeeper::Upgraded(upgrade) = message {
             return self.upgraded(upgrade);
         }
+        if let FromKeeper::Synced { request } = message {
+            self.silence.answered(clock::now(), request);
+            for client in std::mem::take(&mut self.pings) {
+                let _ = client.send(Reply::Answer(self.pong()));
+            }
+            return;
+        }
         if let Some(event) = self.world.told(message) {
             self.turn(event);
         }
@@ -674,15 +729,15 @@ impl Driver {
     }
 
     fn answer(&mut self, op: OpId, request: Request, replies: &Replies) -> Result<(), Refused> {
+        if needs_the_keeper(&request) && self.silence.hangs(clock::now()) {
+            return Err(keeper_hangs(self.world.keeper_pid(), "Nothing was begun."));
+        }
         match request {
-            Request::Ping => {
-                let _ = replies.send(Reply::Answer(Answer::Pong {
-                    version: env!("CARGO_PKG_VERSION").to_owned(),
-                    daemon_pid: self.world.keeper_pid(),
-                    supervisor_pid: std::process::id(),
-                    warnings: self.warnings(),
-                }));
+            // Whoever is well that long ago is well.
+            Request::Ping if self.silence.answered_lately(clock::now()) => {
+                let _ = replies.send(Reply::Answer(self.pong()));
             }
+            Request::Ping => self.pings.push(replies.clone()),
             Request::List { targets, figures } => {
                 self.publish(Question::List { figures }, &targets, replies)?;
             }
@@ -718,6 +773,7 @@ impl Driver {
                 let removed: Vec<&AppName> =
                     plan.steps.iter().filter(|step| step.spec.is_none()).map(|step| &step.app).collect();
                 self.check_addresses(&specs, &removed)?;
+                self.check_room(&specs, &[])?;
                 let _ = replies.send(Reply::Plan(shown));
                 self.remember_shell(&specs, shell);
                 self.command(op, Command::Apply { specs, all, file, prune }, replies);
@@ -729,6 +785,9 @@ impl Driver {
                 let asked_by_file = targets.is_empty() && !specs.is_empty();
                 if asked_by_file {
                     selection = specs.iter().map(|spec| whole(&spec.name)).collect();
+                }
+                if matches!(verb, AskedVerb::Start | AskedVerb::Restart | AskedVerb::Reload) {
+                    self.check_room(&specs, &selection)?;
                 }
                 if let Some(shell) = shell {
                     let shell = Arc::new(shell);
@@ -766,21 +825,21 @@ impl Driver {
             Request::Resurrect => {
                 let loaded =
                     self.dump.load().map_err(|error| failed("cannot read the saved list", &error))?;
+                if let Some(warning) = loaded.warning {
+                    let _ = replies.send(Reply::Notice(warning));
+                }
+                let specs: Vec<Arc<AppSpec>> =
+                    loaded.state.fleet.apps.iter().map(|app| app.spec.clone()).collect();
+                self.check_room(&specs, &[])?;
                 for (app, shell) in loaded.state.shells {
                     self.shells.give(&app, &shell);
                 }
                 self.command(op, Command::Resurrect { saved: loaded.state.fleet }, replies);
             }
             Request::Kill => {
-                // Nothing that is wrong with the disk keeps the daemon from ending.
-                if let Err(Refused { message, cause, .. }) = self.write_dump_before_kill() {
-                    let cause = cause.unwrap_or_default();
-                    let _ = replies.send(Reply::Notice(format!(
-                        "`pm resurrect` will not know this list: {message}: {cause}"
-                    )));
-                }
+                let command = self.kill_command();
                 self.announce_end();
-                self.command(op, Command::Kill, replies);
+                self.command(op, command, replies);
             }
             Request::Outcome { op: asked } => match self.operations.join(asked, replies) {
                 Known::Joined => {}
@@ -912,6 +971,7 @@ impl Driver {
     ) -> Result<(), Refused> {
         let specs = self.settled(specs);
         self.check_addresses(&specs, &[])?;
+        self.check_room(&specs, &[])?;
         self.remember_shell(&specs, shell);
         let selection: Vec<Selected> = specs.iter().map(|spec| whole(&spec.name)).collect();
         // A start of something that runs another program is a reload.
@@ -966,7 +1026,7 @@ impl Driver {
         {
             return Err(refused(&Refusal::Busy { app, operation }));
         }
-        let now = view.map_or(0, |view| view.spec.instances);
+        let now = view.as_ref().map_or(0, |view| view.spec.instances);
         let instances = match to {
             ScaleTo::To(number) => number,
             ScaleTo::Up(more) => now.saturating_add(more),
@@ -978,19 +1038,30 @@ impl Driver {
                 Some("`pm stop` keeps the app and ends its instances."),
             ));
         }
+        if let Some(view) = view {
+            let mut spec = AppSpec::clone(&view.spec);
+            spec.instances = instances;
+            self.check_room(&[Arc::new(spec)], &[])?;
+        }
         self.command(op, Command::Scale { app, instances }, replies);
         Ok(())
     }
 
-    /// An empty list would overwrite what the last `kill` saved.
-    fn write_dump_before_kill(&mut self) -> Result<(), Refused> {
+    /// Saves the list for `resurrect`, then everything may be forgotten. Nothing that is wrong with the disk keeps the daemon
+    /// from ending; but then the only list there is stays.
+    fn kill_command(&mut self) -> Command {
+        // An empty list would overwrite what the last `kill` saved.
         if self.fleet.saved().apps.iter().all(is_condemned) {
-            return Ok(());
+            return Command::Kill;
         }
-        self.write_dump().map(drop).inspect_err(|_| {
-            // What is stopped leaves room on a full disk.
-            self.unwritten_dump = Some(self.listed());
-        })
+        match self.dump.save(&self.listed()) {
+            Ok(()) => Command::Kill,
+            Err(error) => {
+                // What is stopped leaves room on a full disk.
+                self.unwritten_dump = Some(self.listed());
+                Command::KillUnlisted { error: error.to_string() }
+            }
+        }
     }
 
     /// The list as `save` writes it. What is on its way out is no part of it; above all when `kill` is asked again by a
@@ -1070,6 +1141,46 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// What would leave no descriptors for what runs is not begun. `specs` run when this is done, and the named slots too.
+    fn check_room(&self, specs: &[Arc<AppSpec>], selection: &[Selected]) -> Result<(), Refused> {
+        let Ok(limit) = limits::open_files() else { return Ok(()) };
+        let count = |slots: usize| u64::try_from(slots).unwrap_or(u64::MAX);
+        let (mut now, mut then) = (Need::default(), Need::default());
+        let running = self.fleet.view();
+        for app in &running {
+            let is_up = |slot: &&SlotView| {
+                slot.current.is_some() || !matches!(slot.status, Status::Stopped | Status::Errored)
+            };
+            let up = app.slots.iter().filter(is_up).count();
+            now.add(&app.spec, count(up));
+            let named = selection.iter().find(|selected| selected.app == app.spec.name);
+            match (specs.iter().find(|spec| spec.name == app.spec.name), named) {
+                (Some(spec), _) => then.add(spec, u64::from(spec.instances)),
+                (None, None) => then.add(&app.spec, count(up)),
+                (None, Some(selected)) => {
+                    let is_named = |slot: &&SlotView| {
+                        is_up(slot) || selected.slots.as_ref().is_none_or(|slots| slots.contains(&slot.slot))
+                    };
+                    then.add(&app.spec, count(app.slots.iter().filter(is_named).count()));
+                }
+            }
+        }
+        for spec in specs {
+            if spec.autostart && !running.iter().any(|app| app.spec.name == spec.name) {
+                then.add(spec, u64::from(spec.instances));
+            }
+        }
+        match room::refusal(limit.soft, now, then) {
+            None => Ok(()),
+            Some((cause, hint)) => Err(Refused {
+                code: 1,
+                message: "there are not enough descriptors for so many instances".to_owned(),
+                cause: Some(cause),
+                hint: Some(hint),
+            }),
+        }
     }
 
     fn announce_downtime(
@@ -1153,7 +1264,13 @@ impl Driver {
     }
 
     fn warnings(&self) -> Vec<String> {
-        self.warnings.iter().cloned().chain(self.world.warnings()).collect()
+        let unsaved = self.fleet.unsaved().map(|why| {
+            format!(
+                "the list on disk is not this one: {why}. What was stopped or deleted since would start again after a \
+                 reboot. It is tried again every 2 s"
+            )
+        });
+        self.warnings.iter().cloned().chain(self.world.warnings()).chain(unsaved).collect()
     }
 
     fn publish(&mut self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
@@ -1216,9 +1333,48 @@ fn described(command: &Command) -> (&'static str, Vec<String>) {
         Command::Resurrect { saved } => {
             ("resurrect", saved.apps.iter().map(|app| app.spec.name.to_string()).collect())
         }
-        Command::Kill => ("kill", Vec::new()),
+        Command::Kill | Command::KillUnlisted { .. } => ("kill", Vec::new()),
         Command::Terminate => ("shutdown", Vec::new()),
         Command::Reset { selection } => ("reset", names(selection)),
+    }
+}
+
+/// Whether a request changes what runs.
+const fn needs_the_keeper(request: &Request) -> bool {
+    match request {
+        Request::Start { .. }
+        | Request::Act { .. }
+        | Request::Scale { .. }
+        | Request::Resurrect
+        | Request::Ping
+        | Request::Kill => true,
+        Request::Apply { act, .. } => *act,
+        Request::List { .. }
+        | Request::Describe { .. }
+        | Request::Jlist { .. }
+        | Request::EnvDiff { .. }
+        | Request::Env { .. }
+        | Request::LimitStarts { .. }
+        | Request::PlanReload { .. }
+        | Request::Reset { .. }
+        | Request::Save
+        | Request::Outcome { .. } => false,
+    }
+}
+
+fn keeper_hangs(pid: u32, and: &str) -> Refused {
+    let state = Procfs::new().stat(pid.cast_signed()).ok().flatten().map_or(b'?', |stat| stat.state);
+    let cause = match state {
+        b'T' | b't' => format!("its keeper (pid {pid}) is stopped, as by SIGSTOP or a debugger"),
+        _ => format!("its keeper (pid {pid}) has said nothing for 3 seconds"),
+    };
+    Refused {
+        code: 4,
+        message: "the daemon is not responding".to_owned(),
+        cause: Some(cause),
+        hint: Some(format!(
+            "{and} `kill -CONT {pid}` lets it go on; `kill -9 {pid}` has it replaced. The apps run on either way."
+        )),
     }
 }
 

@@ -6,10 +6,20 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 
+use super::room;
 use crate::ipc::protocol::{Call, Reply};
+use crate::sys::limits;
 
 /// Requests that may wait for the driver; beyond that clients wait in their sockets.
 pub const ASKS_MAX: usize = 256;
+
+/// Connections of commands that may be served at once, under this process's limit on open files.
+#[must_use]
+pub fn connections_max() -> usize {
+    // Where the limit cannot be read, the usual one.
+    let limit = limits::open_files().map_or(1024, |limit| limit.soft);
+    usize::try_from(room::connections(limit)).unwrap_or(usize::MAX)
+}
 
 /// Answers to one request, in order; the last one is an `Answer` or a `Refused`.
 ///

@@ -201,6 +201,19 @@ impl Operations {
         }
     }
 
+    /// Whether any client waits for an outcome.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        self.under_way.values().any(|operation| !operation.clients.is_empty())
+    }
+
+    /// Everybody who waits is told this instead of an outcome; what they wait for goes on.
+    pub fn tell_all(&mut self, refused: &Refused) {
+        for client in self.under_way.values_mut().flat_map(|operation| operation.clients.drain(..)) {
+            let _ = client.send(Reply::Refused(refused.clone()));
+        }
+    }
+
     /// The operation has ended.
     pub fn end(&mut self, now: Moment, op: OpId, ended: Ended) {
         let operation = self.under_way.remove(&op).unwrap_or_default();

@@ -138,8 +138,16 @@ fn app_result(app: AppName, outcome: AppOutcome, witness: &impl Witness) -> AppR
             failed(app, "skipped", plain(cause, Some("Put that right, then apply the file again.")))
         }
         AppOutcome::NotRemembered { what, error } => {
-            let hint = "Free some space and run the command again; until then a reboot would not know of it.";
+            let hint = "Free some space, or make the home writable. The daemon tries again every 2 s; `pm list` shows a \
+                        warning until it has succeeded.";
             failed(app, what, plain(format!("{what}, but not remembered over a reboot: {error}"), Some(hint)))
+        }
+        AppOutcome::StillListed { error } => {
+            let hint = "The list could be neither emptied nor saved elsewhere, so the next daemon, as `pm resurrect` \
+                        starts one, starts it again. To begin with an empty list, free some space and run `pm kill` \
+                        after that.";
+            let cause = format!("stopped, but not remembered over a reboot: {error}");
+            failed(app, "stopped", plain(cause, Some(hint)))
         }
         AppOutcome::NotSaved { error } => {
             let hint =

@@ -127,7 +127,7 @@ impl OperationMemo {
                     what: Past::Started,
                 })
                 .collect(),
-            Command::Kill => return Some(Self { op, aim: Aim::Kill }),
+            Command::Kill | Command::KillUnlisted { .. } => return Some(Self { op, aim: Aim::Kill }),
             Command::Terminate | Command::Reset { .. } => return None,
         };
         Some(Self { op, aim: Aim::Apps(aims) })

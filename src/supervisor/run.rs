@@ -41,7 +41,7 @@ use crate::policy::fleet::{Fleet, Settings};
 use crate::store::events::FILE_MAX;
 use crate::store::paths::{Home, user_name};
 use crate::store::state::{Loaded, StateError, StateStore};
-use crate::sys::{clock, limits, memory, orphans, peer};
+use crate::sys::{clock, limits, memory, orphans, peer, poll};
 use crate::{dispatch, logs, node};
 
 /// The keeper's names of the two ends between which connections wait.
@@ -106,6 +106,7 @@ where
     memory::be_frugal();
     let mut link = Link::inherited()?;
     let inventory = link.handshake()?;
+    poll::ignore_sigxfsz().map_err(step("ignore SIGXFSZ"))?;
     limits::raise_open_files().map_err(step("raise the limit of open files"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -460,11 +461,25 @@ fn socket_of(
 
 /// Writes the preload that Node apps are started with.
 fn write_agent(home: &Home) -> Result<PathBuf, RunError> {
-    let failed = step("write the Node agent");
     let path = home.run_dir().join("agent.cjs");
+    // What is there already needs no room on a full disk, and no leave to write.
+    if fs::read(&path).is_ok_and(|there| there == node::AGENT.as_bytes()) {
+        return Ok(path);
+    }
     let aside = home.run_dir().join("agent.cjs.new");
-    fs::write(&aside, node::AGENT).map_err(&failed)?;
-    fs::set_permissions(&aside, fs::Permissions::from_mode(0o444)).map_err(&failed)?;
-    fs::rename(&aside, &path).map_err(&failed)?;
-    Ok(path)
+    let written = fs::write(&aside, node::AGENT)
+        .and_then(|()| fs::set_permissions(&aside, fs::Permissions::from_mode(0o444)))
+        .and_then(|()| fs::rename(&aside, &path));
+    match written {
+        Ok(()) => Ok(path),
+        Err(error) => {
+            let _ = fs::remove_file(&aside);
+            // One of an earlier version serves until the disk takes this one.
+            if fs::symlink_metadata(&path).is_err() {
+                return Err(step("write the Node agent")(error));
+            }
+            tracing::warn!(%error, "cannot write the Node agent; the one that is there is used");
+            Ok(path)
+        }
+    }
 }

@@ -82,7 +82,8 @@ impl Shells {
                             // It is there, and starts with it when its turn has come.
                             | AppOutcome::Waiting { .. }
                             | AppOutcome::HookFailed { .. }
-                            | AppOutcome::NotRemembered { .. },
+                            | AppOutcome::NotRemembered { .. }
+                            | AppOutcome::StillListed { .. },
                         ) => true,
                     }
                 }

@@ -635,6 +635,11 @@ impl World {
         }
     }
 
+    /// Asks the keeper whether it is there; it answers `Synced` with this number.
+    pub fn ask_keeper(&mut self, request: u64) {
+        self.tell_keeper(&ToKeeper::Sync { request });
+    }
+
     fn tell_keeper(&mut self, message: &ToKeeper) {
         if let Err(error) = self.link.try_send(message, &[]) {
             // A broken link ends the loop at the next read; a message too long is a bug.

@@ -107,6 +107,20 @@ pub fn is_ignored(signal: i32) -> bool {
     rc == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
+/// Lets writes beyond a limit on file sizes (`ulimit -f`) fail with EFBIG instead of ending this process. What it starts by
+/// exec(2) inherits that, unless it is given its dispositions anew.
+///
+/// # Errors
+/// See sigaction(2).
+pub fn ignore_sigxfsz() -> io::Result<()> {
+    // SAFETY: sigaction is plain integers and pointers; all zeroes is a valid value (SIG_DFL, empty mask).
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = libc::SIG_IGN;
+    // SAFETY: SIG_IGN installs no code of ours, and a null old action is allowed.
+    let rc = unsafe { libc::sigaction(libc::SIGXFSZ, &raw const action, std::ptr::null_mut()) };
+    Ok(Errno::result(rc).map(drop)?)
+}
+
 /// Gives SIGCHLD its default disposition, told of exits only. Started with SIGCHLD ignored, a parent's children would
 /// vanish without a zombie and without a status.
 ///

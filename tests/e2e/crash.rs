@@ -185,7 +185,7 @@ fn keeper_has_one_thread_and_little_memory() {
 }
 
 #[test]
-fn an_app_inherits_no_descriptor_of_the_daemon() {
+fn pain_16_children_get_no_descriptor_of_the_daemon() {
     let home = Home::new();
     let port = free_port();
     home.start(&format!(

@@ -58,7 +58,7 @@ fn a_long_argument_on_the_command_line_arrives() {
 }
 
 #[test]
-fn three_hundred_instances_run_at_a_soft_limit_of_1024_and_keep_that_limit() {
+fn pain_16_three_hundred_instances_run_at_a_soft_limit_of_1024_and_get_that_limit() {
     let home = Home::loaded();
     home.ecosystem(
         "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\ninstances = 300\nexec_mode = 'fork'\n",

@@ -424,6 +424,76 @@ fn full_disk_refuses_start_and_lets_stop_act() {
 }
 
 #[test]
+fn a_second_stop_on_a_full_disk_says_again_that_it_is_not_remembered() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.unkind.save_fails = 100;
+    for _ in 0..2 {
+        world.act(Verb::Stop, "api");
+        world.run_for(millis(100));
+        world.check("api", "0: stopped | stopped, not remembered");
+    }
+    world.unkind.save_fails = 0;
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(100));
+    world.check("api", "0: stopped | stopped");
+    world.act(Verb::Stop, "api");
+    world.run_for(millis(100));
+    world.check("api", "0: stopped | already stopped");
+}
+
+#[test]
+fn what_was_deleted_on_a_full_disk_stays_away_over_the_supervisor_s_death() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.unkind.save_fails = 100;
+    world.act(Verb::Delete, "api");
+    world.run_for(millis(100));
+    world.check("api", "unknown | deleted, not remembered");
+    world.supervisor_dies();
+    world.run_for(secs(5));
+    world.check("api", "unknown | deleted, not remembered");
+    world.unkind.save_fails = 0;
+    world.run_for(secs(5));
+    world.reboot();
+    world.run_for(secs(5));
+    world.check("api", "unknown | deleted, not remembered");
+}
+
+#[test]
+fn a_stop_that_takes_longer_than_the_disk_is_full_is_remembered() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.deploy("api", Behaviour { obeys_after: None, ..Behaviour::default() });
+    world.act(Verb::Restart, "api");
+    world.run_for(secs(30));
+    world.unkind.save_fails = 100;
+    world.act(Verb::Stop, "api");
+    world.run_for(secs(1));
+    world.unkind.save_fails = 0;
+    world.run_for(secs(30));
+    world.check("api", "0: stopped | stopped");
+}
+
+#[test]
+fn a_full_disk_keeps_no_app_down_after_a_boot_or_after_many_crashes() {
+    let mut world = World::with_app("api", Like::Workers, 1);
+    world.unkind.save_fails = 100;
+    world.reboot();
+    world.run_for(secs(10));
+    world.check("api", "0: online v1 | started");
+    for _ in 0..40 {
+        world.crash("api", 0, &ExitReason::Code(1));
+        world.run_for(secs(40));
+    }
+    world.check("api", "0: online v1 | started");
+    world.supervisor_dies();
+    world.run_for(secs(5));
+    world.crash("api", 0, &ExitReason::Code(1));
+    world.run_for(secs(40));
+    world.unkind.save_fails = 0;
+    world.run_for(secs(5));
+    world.check("api", "0: online v1 | started");
+}
+
+#[test]
 fn new_supervisor_adopts_what_lives_and_accounts_for_what_died() {
     let mut world = World::with_app("api", Like::Workers, 2);
     let old = world.pids("api");

@@ -185,6 +185,8 @@ pub(crate) struct World {
     settings: Settings,
     /// Every generation that was ever spawned in the life of its slot.
     spawned: BTreeSet<InstanceId>,
+    /// A save has failed in this supervisor's life.
+    disk_refuses: bool,
     ops: u64,
     /// Requests without a reply, and when they were made.
     pub(crate) open: BTreeMap<OpId, (Moment, Command)>,
@@ -256,6 +258,7 @@ impl World {
             sabotage: Sabotage::new(Bug::None),
             settings,
             spawned: BTreeSet::new(),
+            disk_refuses: false,
             ops: 0,
             open: BTreeMap::new(),
             down: BTreeSet::new(),
@@ -494,6 +497,7 @@ impl World {
             AppOutcome::Waiting { on, why } => format!("waiting for {on}, which {why}"),
             AppOutcome::Skipped { on } => format!("skipped after {on}"),
             AppOutcome::NotRemembered { what, .. } => format!("{what}, not remembered"),
+            AppOutcome::StillListed { .. } => String::from("stopped, still listed"),
             AppOutcome::NotSaved { .. } => String::from("not saved"),
         };
         match outcome {
@@ -590,6 +594,7 @@ impl World {
             Happening::HearsAgain(event) => self.turn(event),
             Happening::SaveEnds(save, state) => {
                 if self.rng.chance(self.unkind.save_fails) {
+                    self.disk_refuses = true;
                     self.turn(Event::SaveFailed { save, error: String::from("disk full") });
                 } else {
                     self.disk = state;
@@ -751,6 +756,7 @@ impl World {
             return;
         }
         self.note("--- a supervisor starts");
+        self.disk_refuses = false;
         let forgets = self.rng.chance(self.unkind.forgets);
         let memo = if forgets { None } else { self.memo.clone() };
         // It knows runs by their release, whose rules may have been saved without having been taken over.
@@ -787,6 +793,21 @@ impl World {
             .cloned()
             .collect();
         self.spawned = kept;
+        if self.unkind.save_fails > 0 {
+            // Of numbers that the disk did not take, those are known that something still has, or that the memo names.
+            let reserved = |id: &InstanceId| {
+                let app = self.disk.apps.iter().find(|app| app.spec.name == id.app);
+                app.and_then(|app| app.slots.get(id.slot.0 as usize)).map_or(0, |slot| slot.reserved.0)
+            };
+            let named = |id: &InstanceId| {
+                let slots = memo.iter().flat_map(|memo| &memo.slots);
+                slots.filter(|slot| slot.app == id.app && slot.slot == id.slot).count() > 0
+            };
+            let known =
+                |id: &InstanceId| id.generation.0 <= reserved(id) || named(id) || self.procs.contains_key(id);
+            let kept = self.spawned.iter().filter(|id| known(id)).cloned().collect();
+            self.spawned = kept;
+        }
         let mut found: Vec<Found> = self
             .procs
             .iter()
@@ -1359,7 +1380,8 @@ impl World {
             Some(slot) if slot.desired == Desired::Stopped => {
                 return broken!(self, "{id} is started, which is stopped");
             }
-            Some(slot) if slot.reserved < id.generation => {
+            // A disk that takes nothing keeps no app down.
+            Some(slot) if slot.reserved < id.generation && !self.disk_refuses => {
                 return broken!(self, "{id} is started before its generation is reserved");
             }
             Some(_) => {}
@@ -1892,7 +1914,7 @@ fn concerns(command: &Command, app: &AppName) -> bool {
         }
         Command::Scale { app: other, .. } => other == app,
         Command::Resurrect { saved } => saved.apps.iter().any(|saved| saved.spec.name == *app),
-        Command::Kill | Command::Terminate => true,
+        Command::Kill | Command::KillUnlisted { .. } | Command::Terminate => true,
     }
 }
 

@@ -124,7 +124,7 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
         ("started at", detail.started_ms.map_or_else(dash, |millis| words::date(millis, zone))),
         ("ready after", detail.ready_after_ms.map_or_else(dash, words::millis)),
         ("last exit", detail.last_exit.clone().unwrap_or_else(dash)),
-        ("cpu", row.cpu.map_or_else(dash, words::percent)),
+        ("cpu (of one core)", row.cpu.map_or_else(dash, words::percent)),
         ("memory", row.memory.map_or_else(dash, words::bytes)),
         ("memory (pss)", detail.pss.map_or_else(dash, words::bytes)),
         ("memory (rss)", detail.rss.map_or_else(dash, words::bytes)),

@@ -278,7 +278,7 @@ fn natural_width(columns: &[Column], rows: &[Row]) -> usize {
 fn host_line(host: &HostView) -> String {
     let [one, five, fifteen] = host.load;
     format!(
-        "host: cpu {} of {} | load {one:.2} {five:.2} {fifteen:.2} | memory {} of {}",
+        "host: cpu {} of {} | load {one:.2} {five:.2} {fifteen:.2} | memory {} of {} | column cpu: of one core",
         words::percent(host.cpu),
         words::count(usize::try_from(host.cores).unwrap_or(usize::MAX), "core"),
         words::bytes(host.memory_used),

@@ -8,6 +8,7 @@ pub(crate) mod genuine;
 pub(crate) mod home;
 pub(crate) mod load;
 pub(crate) mod machine;
+pub(crate) mod mounts;
 pub(crate) mod node;
 pub(crate) mod process;
 pub(crate) mod wait;

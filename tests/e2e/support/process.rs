@@ -100,6 +100,16 @@ pub(crate) fn smaps_kib(pid: i32, field: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {field} in {text}"))
 }
 
+/// A figure of `/proc/<pid>/status`, in KiB.
+pub(crate) fn status_kib(pid: i32, field: &str) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))
+        .unwrap_or_else(|error| panic!("status of {pid}: {error}"));
+    text.lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse().ok())
+        .unwrap_or_else(|| panic!("no {field} in {text}"))
+}
+
 /// `Private_Dirty` in KiB. What relocation has written into a build without optimisation (four times as much as into a
 /// release) is left out there: read-only pages of the executable itself.
 pub(crate) fn private_dirty_kib(pid: i32) -> u64 {
