@@ -167,6 +167,9 @@ const EFFECTS: &[Effect] = &[
     ("name = 'api v2'", |_, s| s.name.as_str() == "api v2"),
     ("namespace = 'shop'", |_, s| s.namespace == "shop"),
     ("script = 'worker.py'", |p, s| s.command.script == p.path("worker.py")),
+    ("shell = true\nscript = 'a && b'\nname = 'x'", |_, s| {
+        s.command.script == Path::new("bash") && s.command.args == ["-c", "a && b"]
+    }),
     ("args = ['--a', 'b c', 3]", |_, s| s.command.args == ["--a", "b c", "3"]),
     (r#"args = "--a 'b c' 3""#, |_, s| s.command.args == ["--a", "b c", "3"]),
     ("cwd = './bin'\nscript = '../server.js'", |p, s| {
@@ -415,7 +418,7 @@ fn package_runners_in_front_of_a_listener_are_doubted() {
     for (script, doubted) in [
         ("script = 'npm'\nargs = 'start'", Some("npm")),
         ("script = 'npm run serve'", Some("npm")),
-        ("script = 'exec yarn start'", Some("yarn")),
+        ("script = 'exec yarn start'\nshell = true", Some("yarn")),
         ("script = 'bash'\nargs = ['start.sh']", None),
     ] {
         let text = format!("[[apps]]\nname = 'web'\n{script}\n");
@@ -492,20 +495,79 @@ fn commands_shell_lines_and_pm_itself() {
     assert_eq!(gunicorn.command.script, Path::new("gunicorn"), "looked up again at each spawn");
     assert_eq!(gunicorn.command.interpreter, None);
 
+    place.executable("bin/npm", "");
     let line = place.app(
         r#"script = "npm start"
 args = ["--", "it's"]"#,
     );
     assert_eq!(line.name.as_str(), "npm start");
-    assert_eq!(line.command.script, Path::new("bash"));
-    assert_eq!(line.command.args, ["-c", r"npm start -- 'it'\''s'"]);
+    assert_eq!(line.command.script, Path::new("npm"), "and no shell");
+    assert_eq!(line.command.args, ["start", "--", "it's"]);
     assert_eq!(line.command.runtime, Runtime::Other);
 
+    let line = place.app("script = \"npm run 'a b'\"\nargs = [\"it's\"]\nshell = true\nname = 'x'");
+    assert_eq!(line.command.script, Path::new("bash"));
+    assert_eq!(line.command.args, ["-c", r"npm run 'a b' 'it'\''s'"]);
     std::fs::rename(place.path("bin/bash"), place.path("bin/sh")).unwrap();
-    assert_eq!(place.app("script = 'a && b'\nname = 'x'").command.script, Path::new("sh"));
+    assert_eq!(place.app("script = 'a && b'\nname = 'x'\nshell = true").command.script, Path::new("sh"));
 
     let pm = place.app("script = 'pm'\nargs = ['serve']");
     assert_eq!((pm.command.script.to_str(), pm.name.as_str()), (Some("/usr/local/bin/pm"), "pm"));
+}
+
+#[test]
+fn a_line_that_needs_a_shell_is_an_error_unless_there_is_to_be_one() {
+    let place = Place::new();
+    place.executable("bin/npm", "");
+    for (line, because) in [
+        ("npm start | cat", "`|`"),
+        ("npm start && npm test", "`&`"),
+        ("npm start; id", "`;`"),
+        ("npm start > /tmp/x", "`>`"),
+        ("npm start $(id)", "`$`"),
+        ("npm start \"$HOME\"", "`$`"),
+        ("npm start `id`", "```"),
+        ("npm start *.js", "`*`"),
+        ("npm start ~/x", "`~`"),
+        ("npm start\nid", "`\\n`"),
+        ("A=1 npm start", "`A=1`"),
+        ("exec npm start", "`exec`"),
+    ] {
+        let error = place.error(&format!("name = 'x'\nscript = {}", toml::Value::from(line)));
+        assert!(error.contains(&format!("this line needs a shell, because of {because}")), "{line}: {error}");
+        assert!(error.contains("set `shell = true`"), "{error}");
+    }
+    for literal in ["npm 'a;b'", r"npm a\;b", "npm 'a b' \"c d\"", "npm a~b c#d"] {
+        let app = place.app(&format!("name = 'x'\nscript = {}", toml::Value::from(literal)));
+        assert_eq!(app.command.script, Path::new("npm"), "{literal}");
+    }
+    let error = place.error("name = 'x'\nscript = 'npm start'\nshell = true\ninterpreter = 'node'");
+    assert!(error.contains("the shell is the interpreter of a line"), "{error}");
+}
+
+#[test]
+fn messages_about_a_file_never_show_values_of_the_environment() {
+    let place = Place::new();
+    for text in [
+        "[[apps]]\nscript = 'server.js'\n[apps.env]\nTOKEN = [\"hush\"] x\n",
+        "[[apps]]\nscript = 'server.js'\n[apps.env]\nTOKEN = \"hush\n",
+        "[[apps]]\nscript = 'server.js'\nenv = { TOKEN = 'hush', A = 'x', A = 'y' }\n",
+        "[[apps]]\nscript = 'server.js'\nenv = 'hush'\n",
+        "[[apps]]\nscript = 'server.js'\nenv_production.TOKEN = hush\n",
+        "[[apps]]\nscript = 'server.js'\nenv.TOKEN = 'hush'\nenv.TOKEN = 'hush'\n",
+        "[[apps]]\nscript = 'server.js'\nenv = { TOKEN = 'hush' }\nincrement_var = 'TOKEN'\n",
+        "apps = [{ script = 'server.js', env = { TOKEN = 'hush' }, nonsense = 1 }]\n",
+    ] {
+        let error = place.resolve(text, &place.context()).unwrap_err();
+        let (whole, lines): (_, Vec<String>) = (error.to_string(), error.lines().collect());
+        assert!(!whole.contains("hush") && !lines.concat().contains("hush"), "{text}\n{whole}");
+    }
+    // The rest of a line is shown, with the carets where they belong.
+    let text = "[[apps]]\nscript = 'server.js'\nenv = { TOKEN = 'a long secret', 'b=c' = 1 }\n";
+    let error = place.resolve(text, &place.context()).unwrap_err().to_string();
+    assert!(error.contains("env = { TOKEN = ********, 'b=c' = ******** }"), "{error}");
+    let carets = error.lines().find(|line| line.contains('^')).unwrap().find('^');
+    assert_eq!(carets, error.lines().find(|line| line.contains("TOKEN")).unwrap().find("'b=c'"), "{error}");
 }
 
 #[test]

@@ -253,7 +253,7 @@ fn forgotten_files_rule(root: &str, entries: &[&str], files: &BTreeMap<String, S
 
 /// The pains of other process managers that must have tests named after them (`docs/pains.md`).
 fn pains() -> impl Iterator<Item = u32> {
-    (1..=13).chain(15..=21).chain([23]).chain(25..=26).chain(28..=33).chain(37..=38)
+    (1..=13).chain(15..=21).chain([23]).chain(25..=26).chain(28..=33).chain(37..=38).chain(42..=43)
 }
 
 /// Which pains no test of these files is named after, and which the page does not list.
@@ -455,6 +455,28 @@ fn every_pain_has_a_test_that_is_named_after_it() {
     let page = std::fs::read_to_string(repository().join("docs/pains.md")).unwrap();
     let missing = pains_rule(&rust_files("tests"), &page);
     assert!(missing.is_empty(), "\n{}\n", missing.join("\n"));
+}
+
+/// Names of tests on a page that no file has.
+fn tests_rule<'a>(page: &'a str, code: &[&String]) -> Vec<&'a str> {
+    let is_name = |word: &&str| {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        word.len() > 30 && word.chars().all(plain) && word.contains('_')
+    };
+    let names = page.split('`').skip(1).step_by(2).filter(is_name);
+    names.filter(|name| !code.iter().any(|text| text.contains(name))).collect()
+}
+
+#[test]
+fn every_claim_about_security_names_a_test_that_there_is() {
+    let page = std::fs::read_to_string(repository().join("docs/security.md")).unwrap();
+    let files = [rust_files("tests"), rust_files("src")];
+    let code: Vec<&String> = files.iter().flat_map(BTreeMap::values).collect();
+    assert_eq!(tests_rule(&page, &code), [] as [&str; 0]);
+    let (gone, there) =
+        ("a_name_of_a_test_that_is_not_there", "fn a_name_of_a_test_that_is_there_now() {}".to_owned());
+    let page = format!("see `{gone}`, `a_name_of_a_test_that_is_there_now`");
+    assert_eq!(tests_rule(&page, &[&there]), [gone], "control");
 }
 
 #[test]

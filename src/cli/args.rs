@@ -78,6 +78,9 @@ pub struct Global {
     /// Print JSON for programs
     #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,
+    /// Show values of the environment [default: masked, unless PM_SHOW_ENV=1]
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub show_env: bool,
 }
 
 /// A command.
@@ -295,6 +298,9 @@ pub struct AppOptions {
     /// Do not restart after these exit codes (comma or space separated)
     #[arg(long, value_name = "CODES")]
     pub stop_exit_codes: Vec<String>,
+    /// Let a shell run the line: needed where it has a pipe, a variable, && and the like
+    #[arg(long)]
+    pub shell: bool,
     /// Do not restart the app when it exits
     #[arg(long)]
     pub no_autorestart: bool,
@@ -393,9 +399,6 @@ pub struct List {
 pub struct Jlist {
     /// Names, ids, namespaces, /regex/ [default: all]
     pub targets: Vec<String>,
-    /// Show values of the environment [default: masked, unless PM_SHOW_ENV=1]
-    #[arg(long)]
-    pub show_env: bool,
 }
 
 /// `describe`.
@@ -404,9 +407,6 @@ pub struct Describe {
     /// Names, ids, namespaces, /regex/, `all`
     #[arg(required = true)]
     pub targets: Vec<String>,
-    /// Show values of the environment [default: masked, unless PM_SHOW_ENV=1]
-    #[arg(long)]
-    pub show_env: bool,
 }
 
 /// `logs`.

@@ -16,13 +16,15 @@ use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::poll::{PollTimeout, poll};
 
 use super::error::CliError;
+use super::specs::FileSettings;
 use crate::ipc::client::{Connection, Ended, Heard, Listen, new_op};
 use crate::ipc::codec::CodecError;
 use crate::ipc::protocol::{
     Answer, AppResult, NOT_BEGUN, OperationView, Refused, Request, UpgradeView, Verb,
 };
 use crate::model::id::{AppName, OpId};
-use crate::store::paths::Home;
+use crate::store::paths::{Home, user_name};
+use crate::sys::peer;
 
 /// How long a daemon may take from its start to its socket. Generous: a hundred commands may start at once.
 const START_PATIENCE: Duration = Duration::from_secs(10);
@@ -65,6 +67,8 @@ const DAEMON_ENV: [&str; 12] = [
 pub struct Session {
     home: Home,
     connection: Connection,
+    /// The daemon's uid.
+    server: u32,
 }
 
 /// How an operation ended.
@@ -88,7 +92,14 @@ impl Session {
             address => address.map_err(failed)?,
         };
         match Connection::open(address.as_path()) {
-            Ok(connection) => Ok(Some(Self { home: home.clone(), connection })),
+            Ok(connection) => {
+                let server = connection.server_uid().map_err(failed)?;
+                // Whoever put a socket there could make us believe anything.
+                if !peer::may_be_believed(server) {
+                    return Err(CliError::NotYours { home: home.dir().to_owned(), owner: user_name(server) });
+                }
+                Ok(Some(Self { home: home.clone(), connection, server }))
+            }
             Err(error) => match error.kind() {
                 // No directory: a file is in the way of the home, which making the home complains about.
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::NotADirectory => {
@@ -169,13 +180,13 @@ impl Session {
         }
     }
 
-    /// Passes `start_parallelism` of a config file on.
+    /// Passes on what a config file says of the whole daemon.
     ///
     /// # Errors
     /// As [`Self::ask`].
-    pub fn limit_starts(&mut self, at_once: Option<u32>) -> Result<(), CliError> {
-        if let Some(at_once) = at_once {
-            self.ask(|| Request::LimitStarts { at_once })?;
+    pub fn apply_settings(&mut self, settings: FileSettings) -> Result<(), CliError> {
+        for request in settings.requests() {
+            self.ask(|| request.clone())?;
         }
         Ok(())
     }
@@ -185,6 +196,7 @@ impl Session {
     /// # Errors
     /// The daemon's refusal, or it cannot be reached.
     pub fn ask(&mut self, request: impl Fn() -> Request) -> Result<Answer, CliError> {
+        self.keep_shell(&request())?;
         let deadline = Instant::now() + OUTCOME_PATIENCE;
         loop {
             match self.connection.call(new_op(), request(), |_| Listen::On) {
@@ -228,6 +240,7 @@ impl Session {
         request: Request,
         mut hear: impl FnMut(Heard) -> Listen,
     ) -> Result<Outcome, CliError> {
+        self.keep_shell(&request)?;
         let mut op = new_op();
         let mut again = again(&request);
         let mut kept = request.clone();
@@ -305,10 +318,25 @@ impl Session {
         }
     }
 
+    /// Root may command everybody's daemon, but its environment goes to no other user.
+    fn keep_shell(&self, request: &Request) -> Result<(), CliError> {
+        let carries_shell = match request {
+            Request::Start { shell, .. }
+            | Request::Apply { shell, .. }
+            | Request::PlanReload { shell, .. } => !shell.is_empty(),
+            Request::Act { shell, .. } => shell.is_some(),
+            _ => false,
+        };
+        if !carries_shell || self.server == peer::own_uid() {
+            return Ok(());
+        }
+        Err(CliError::NotYours { home: self.home.dir().to_owned(), owner: user_name(self.server) })
+    }
+
     /// Waits until nobody listens any more, so that `pm kill && pm start` starts anew.
     pub fn wait_for_end(self) {
         let deadline = Instant::now() + END_PATIENCE;
-        let Self { home, connection } = self;
+        let Self { home, connection, .. } = self;
         drop(connection);
         while Instant::now() < deadline && matches!(Self::open(&home), Ok(Some(_))) {
             pause(LOOK_EVERY);

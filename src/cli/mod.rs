@@ -66,7 +66,7 @@ pub struct Client {
 pub struct Surroundings {
     /// `PM_HOME`.
     pub pm_home: Option<OsString>,
-    /// `PM_SHOW_ENV` is 1.
+    /// `PM_SHOW_ENV` is 1, or `--show-env` was given.
     pub show_env: bool,
     /// Starts the daemon; this executable.
     pub program: PathBuf,
@@ -168,7 +168,7 @@ impl Client {
 
     /// Runs the command on any streams; returns the exit code.
     #[must_use]
-    pub fn run_on(self, mut terminal: Terminal, surroundings: Surroundings) -> u8 {
+    pub fn run_on(self, mut terminal: Terminal, mut surroundings: Surroundings) -> u8 {
         let (home, temporary) = match self.home(&surroundings) {
             Ok(home) => home,
             Err(error) => {
@@ -176,6 +176,7 @@ impl Client {
                 return error.code();
             }
         };
+        surroundings.show_env |= self.global.show_env;
         let mut context =
             Context { home, temporary_home: temporary, terminal, json: self.global.json, surroundings };
         let result = commands::run(self.command, &mut context)

@@ -14,9 +14,10 @@ use crate::config::listen::{BadAddress, ListenText};
 use crate::config::overrides::{self, Overrides};
 use crate::config::resolve::{self, Resolved};
 use crate::config::{paths, units, words};
+use crate::ipc::protocol::Request;
 use crate::model::id::AppName;
 use crate::model::spec::{AppSpec, Balance, ExecMode};
-use crate::sys::cpus;
+use crate::sys::{cpus, guarded};
 
 /// What the command line says beside the target.
 #[derive(Clone, Debug, Default)]
@@ -64,6 +65,7 @@ impl Wishes {
             interpreter_args: interpreter_args.transpose()?,
             args: (!args.is_empty()).then(|| args.to_vec()),
             listen: listen.collect::<Result<Vec<ListenText>, CliError>>()?,
+            shell: flag(app.shell),
             wait_ready: flag(app.wait_ready),
             listen_timeout: duration("--listen-timeout", &app.listen_timeout)?,
             kill_timeout: duration("--kill-timeout", &app.kill_timeout)?,
@@ -123,6 +125,7 @@ impl Wishes {
             interpreter,
             interpreter_args,
             args,
+            shell,
             listen,
             wait_ready,
             listen_timeout,
@@ -142,12 +145,13 @@ impl Wishes {
             autostart,
         } = &self.overrides;
         let mut spec = known.clone();
-        let another = known.command.script != new.command.script;
+        let another = known.command.script != new.command.script || shell.is_some();
         if another || interpreter.is_some() {
             let before = std::mem::replace(&mut spec.command, new.command.clone());
             (spec.command.args, spec.command.interpreter_args) = (before.args, before.interpreter_args);
         }
-        take(&mut spec.command.args, &new.command.args, args.is_some());
+        // Without the option they are words of the line itself.
+        take(&mut spec.command.args, &new.command.args, args.is_some() || !new.command.args.is_empty());
         take(&mut spec.command.interpreter_args, &new.command.interpreter_args, interpreter_args.is_some());
         take(&mut spec.namespace, &new.namespace, namespace.is_some());
         take(&mut spec.cwd, &new.cwd, cwd.is_some());
@@ -183,9 +187,13 @@ impl Wishes {
     pub fn from_file(&self, path: &str, verb: &str, terminal: &mut Terminal) -> Result<FileSpecs, CliError> {
         let failed = |error: &ConfigError| config_error(format!("cannot {verb} {path}"), error);
         let context = self.context()?;
+        trust(&paths::absolute(&context.cwd, Path::new(path)), verb)?;
         let file = file::load(Path::new(path), &context.cwd).map_err(|error| failed(&error))?;
         let resolved =
             resolve::resolve_file(&file, &self.overrides, &context).map_err(|error| failed(&error))?;
+        for env_file in resolved.iter().flat_map(|app| &app.spec.env.files) {
+            trust(env_file, verb)?;
+        }
         Ok(FileSpecs::of(&file, self.accept(resolved, terminal)?))
     }
 
@@ -202,7 +210,7 @@ impl Wishes {
         Ok(FileSpecs::of(&file, resolved.into_iter().map(|resolved| resolved.spec).collect()))
     }
 
-    /// The spec of a script, binary or shell line. Warnings are printed.
+    /// The spec of a script, a binary, a line. Warnings are printed.
     ///
     /// # Errors
     /// Every problem with it.
@@ -257,6 +265,29 @@ impl Wishes {
             })?,
             env_name: self.env_name.clone(),
         })
+    }
+}
+
+/// Root does nothing that a file says which everybody may change, unless told that it is fine: on some mounts every file
+/// looks like that.
+///
+/// # Errors
+/// It is such a file; says how to make it another one.
+pub fn trust(path: &Path, verb: &str) -> Result<(), CliError> {
+    if env::var_os("PM_TRUST_FILES").is_some_and(|value| value == "1") {
+        return Ok(());
+    }
+    // A file that is not there is complained about by whoever reads it.
+    match guarded::steered_by_everybody(path) {
+        Ok(Some(why)) => Err(CliError::Usage {
+            message: format!("cannot {verb} {}", path.display()),
+            cause: Some(format!("{why}, and root would do what it says")),
+            hint: Some(format!(
+                "`chown root {0} && chmod o-w {0}` in a directory of root's, or PM_TRUST_FILES=1 where that is no danger.",
+                crate::config::words::quote(&path.to_string_lossy())
+            )),
+        }),
+        Ok(None) | Err(_) => Ok(()),
     }
 }
 
@@ -317,13 +348,39 @@ pub fn shell() -> std::collections::BTreeMap<String, String> {
     crate::store::environment::shell_snapshot(env::vars_os())
 }
 
+/// What a config file says of the whole daemon; `None` where it is silent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileSettings {
+    /// How many instances may launch at once.
+    pub start_parallelism: Option<u32>,
+    /// Whether values of the environment are shown to everybody who asks.
+    pub show_env: Option<bool>,
+}
+
+impl FileSettings {
+    /// These, and where they are silent those of a file before it.
+    #[must_use]
+    pub fn or(self, before: Self) -> Self {
+        Self {
+            start_parallelism: self.start_parallelism.or(before.start_parallelism),
+            show_env: self.show_env.or(before.show_env),
+        }
+    }
+
+    /// What makes them so.
+    pub fn requests(self) -> impl Iterator<Item = Request> {
+        let at_once = self.start_parallelism.map(|at_once| Request::LimitStarts { at_once });
+        at_once.into_iter().chain(self.show_env.map(|show| Request::ShowEnv { show }))
+    }
+}
+
 /// What a config file says.
 #[derive(Debug)]
 pub struct FileSpecs {
     /// Its apps.
     pub apps: Vec<AppSpec>,
-    /// How many instances may launch at once, if it says so.
-    pub start_parallelism: Option<u32>,
+    /// What it says of the whole daemon.
+    pub settings: FileSettings,
     /// The names of all apps of the file, also of those that were not chosen.
     pub all: Vec<AppName>,
     /// The file, absolute, symlinks unresolved.
@@ -335,7 +392,7 @@ impl FileSpecs {
         let names = file.apps.iter().filter_map(|app| AppName::new(&app.display_name()?).ok());
         Self {
             apps,
-            start_parallelism: file.start_parallelism,
+            settings: FileSettings { start_parallelism: file.start_parallelism, show_env: file.show_env },
             all: names.collect(),
             path: file.path().to_owned(),
         }

@@ -79,6 +79,15 @@ pub(super) fn resolve(
         // The copy that runs now, so that examples work before anything is installed.
         return Ok(direct(context.current_exe.clone(), args));
     }
+    if let Some(shell) = app.shell.as_ref().filter(|shell| shell.value) {
+        if given.is_some() {
+            let problem = Problem::new(shell.place.clone(), "the shell is the interpreter of a line");
+            return Err(problem.help("remove `interpreter`, or `shell`"));
+        }
+        return shell_line(&script.value, &args, path).ok_or_else(|| {
+            Problem::new(script.place.clone(), "neither bash nor sh is in PATH to run this line")
+        });
+    }
     let file = paths::absolute_from_home(cwd, context.home.as_deref(), &script.value);
     let found = match std::fs::metadata(&file) {
         Ok(meta) if meta.is_file() => Some(meta),
@@ -95,9 +104,7 @@ pub(super) fn resolve(
     };
     let Some(meta) = found else {
         if script.value.contains(char::is_whitespace) && given.is_none_or(|given| given.value == "none") {
-            return shell_line(&script.value, &args, path).ok_or_else(|| {
-                Problem::new(script.place.clone(), "neither bash nor sh is in PATH to run this line")
-            });
+            return without_shell(app, script, args, cwd, path, context);
         }
         return on_path(script, given, &file, path, context, direct, args, interpreter_args);
     };
@@ -194,7 +201,44 @@ fn sibling(file: &Path) -> Option<String> {
     spelling::closest(name, names.iter().map(String::as_str)).map(str::to_owned)
 }
 
-/// PM2's rule for `start`: what has a space is a line for bash, or sh where there is no bash.
+/// A command with its arguments, as one would type it, and no shell that could make something else of it: the first word
+/// is the script, and what only a shell understands is an error.
+fn without_shell(
+    app: &AppConfig,
+    script: &At<String>,
+    args: Vec<String>,
+    cwd: &Path,
+    path: &OsStr,
+    context: &Context,
+) -> Result<CommandSpec, Problem> {
+    let problem = |message: String| Problem::new(script.place.clone(), message);
+    if let Some(syntax) = words::shell_syntax(&script.value) {
+        let (shell, quotes) = match script.place {
+            Place::Text(_) => ("set `shell = true`", "what is meant literally goes in single quotes"),
+            Place::Option(_) | Place::CommandLine => ("add --shell", "quote what is meant literally"),
+        };
+        return Err(problem(format!("this line needs a shell, because of {syntax}"))
+            .help(format!("{shell} to have one run it; {quotes}")));
+    }
+    let mut words = words::split(&script.value).map_err(|error| problem(error.to_string()))?.into_iter();
+    let Some(program) = words.next().filter(|word| !word.is_empty()) else {
+        return Err(problem("there is no command in this line".to_owned()));
+    };
+    let line = AppConfig {
+        script: Some(At::new(program, script.place.clone())),
+        args: Some(At::new(words.chain(args).collect(), script.place.clone())),
+        ..app.clone()
+    };
+    // Once: a first word with a blank in it is the name of a file.
+    match &line.script {
+        Some(At { value, .. }) if value.contains(char::is_whitespace) && !cwd.join(value).is_file() => {
+            Err(problem(format!("script not found: {}", cwd.join(value).display())))
+        }
+        _ => resolve(&line, cwd, path, context),
+    }
+}
+
+/// A line for bash, or sh where there is no bash; only where `shell = true` asks for it.
 fn shell_line(line: &str, args: &[String], path: &OsStr) -> Option<CommandSpec> {
     let shell = ["bash", "sh"].into_iter().find(|shell| lookup(shell, path).is_some())?;
     let mut line = line.to_owned();

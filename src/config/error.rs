@@ -1,10 +1,13 @@
 //! What is wrong with a configuration, where, and what would work.
 
+use crate::model::mask::MASK;
 use crate::model::spelling;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use super::secrets;
 
 /// The longest part of a source line that an excerpt shows, in characters.
 const EXCERPT_MAX: usize = 100;
@@ -76,14 +79,45 @@ impl Source {
         offset
     }
 
+    /// A line with its secrets masked, and in which columns of that two places of the line stand.
+    fn masked(&self, line: Range<usize>, start: usize, end: usize) -> (String, usize, usize) {
+        let (mut shown, mut at) = (String::new(), line.start);
+        let mut columns = [start, end].map(|place| (place, None));
+        for secret in secrets::secret_values(&self.text) {
+            let secret = secret.start.max(line.start)..secret.end.min(line.end);
+            if secret.is_empty() {
+                continue;
+            }
+            shown.push_str(&self.text[at..secret.start]);
+            let before = shown.chars().count();
+            shown.push_str(MASK);
+            at = secret.end;
+            for (index, (place, column)) in columns.iter_mut().enumerate() {
+                if *place <= secret.start {
+                    let text = &self.text;
+                    column.get_or_insert_with(|| before - text[*place..secret.start].chars().count());
+                } else if *place <= secret.end {
+                    column.get_or_insert_with(|| before + if index == 0 { 0 } else { MASK.len() });
+                }
+            }
+        }
+        shown.push_str(&self.text[at..line.end]);
+        let whole = shown.chars().count();
+        let [start, end] = columns.map(|(place, column)| {
+            column.unwrap_or_else(|| whole - self.text[place..line.end].chars().count())
+        });
+        (shown, start, end)
+    }
+
     /// The line a span begins in, and the carets below it.
     fn excerpt(&self, span: &Range<usize>) -> (String, String) {
         let start = self.floor(span.start);
         let line_start = self.text[..start].rfind('\n').map_or(0, |at| at + 1);
         let line_end = self.text[start..].find('\n').map_or(self.text.len(), |at| start + at);
-        let line: Vec<char> = self.text[line_start..line_end].trim_end_matches('\r').chars().collect();
-        let column = self.text[line_start..start].chars().count();
-        let width = self.text[start..self.floor(span.end).clamp(start, line_end)].chars().count().max(1);
+        let (line, start, end) =
+            self.masked(line_start..line_end, start, self.floor(span.end).clamp(start, line_end));
+        let line: Vec<char> = line.trim_end_matches('\r').chars().collect();
+        let (column, width) = (start, end.saturating_sub(start).max(1));
         // A window around the span, where the line is too long to show.
         let from = if line.len() > EXCERPT_MAX { column.saturating_sub(20) } else { 0 };
         let to = line.len().min(from + EXCERPT_MAX);

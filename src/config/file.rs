@@ -34,6 +34,8 @@ pub struct File {
     pub apps: Vec<AppConfig>,
     /// How many instances may be launching at once; `None`: 2 × CPUs.
     pub start_parallelism: Option<u32>,
+    /// Whether values of the environment are shown to everybody who asks; `None`: as before.
+    pub show_env: Option<bool>,
 }
 
 impl File {
@@ -158,7 +160,8 @@ fn read(path: &Path, cwd: &Path) -> Result<Reading, ConfigError> {
 
 fn parse(source: Source) -> Reading {
     let source = Arc::new(source);
-    let mut file = File { source: Arc::clone(&source), apps: Vec::new(), start_parallelism: None };
+    let mut file =
+        File { source: Arc::clone(&source), apps: Vec::new(), start_parallelism: None, show_env: None };
     let mut problems = Vec::new();
     let mut broken = BTreeSet::new();
     let (document, syntax) = DeTable::parse_recoverable(source.text());
@@ -176,6 +179,10 @@ fn parse(source: Source) -> Reading {
             "apps" => read_apps(value, &mut file, &mut problems, &mut broken),
             "start_parallelism" => match Value::new(value).count(1..=1000) {
                 Ok(number) => file.start_parallelism = Some(number),
+                Err(problem) => problems.push(problem),
+            },
+            "show_env" => match Value::new(value).boolean() {
+                Ok(show) => file.show_env = Some(show),
                 Err(problem) => problems.push(problem),
             },
             _ => problems.push(unknown_file_key(text, place)),
@@ -209,7 +216,7 @@ fn unknown_file_key(text: &str, place: Place) -> Problem {
         _ => match spelling::closest(text, FILE_KEYS.iter().map(|key| key.name)) {
             Some("apps") => problem.help("did you mean `[[apps]]`?"),
             Some(likely) => problem.help(format!("did you mean `{likely}`?")),
-            None => problem.help("known here are `[[apps]]` and `start_parallelism`"),
+            None => problem.help("known here are `[[apps]]`, `start_parallelism` and `show_env`"),
         },
     }
 }

@@ -19,6 +19,7 @@ pub mod paths;
 pub mod probe;
 pub mod resolve;
 pub mod schema;
+mod secrets;
 pub mod template;
 pub mod units;
 mod unknown;

@@ -28,6 +28,8 @@ pub struct Overrides {
     pub interpreter: Option<String>,
     /// `--interpreter-args`, `--node-args`, split into words.
     pub interpreter_args: Option<Vec<String>>,
+    /// `--shell`
+    pub shell: Option<bool>,
     /// What follows `--`.
     pub args: Option<Vec<String>>,
     /// `--listen`, each time it is given.
@@ -79,6 +81,7 @@ impl Overrides {
         lay_at(&mut app.interpreter, self.interpreter.as_ref(), "--interpreter");
         lay_at(&mut app.interpreter_args, self.interpreter_args.as_ref(), "--interpreter-args");
         lay_at(&mut app.args, self.args.as_ref(), "--");
+        lay_at(&mut app.shell, self.shell.as_ref(), "--shell");
         lay_at(&mut app.kill_timeout, self.kill_timeout.as_ref(), "--kill-timeout");
         lay_at(
             &mut app.shutdown_with_message,
@@ -124,7 +127,7 @@ fn lay_at<T: Clone>(field: &mut Option<At<T>>, over: Option<&T>, option: &'stati
     }
 }
 
-/// An app from the command line: `target` is a script, a command in PATH, or a shell line when it has a space.
+/// An app from the command line: `target` is a script, a command in PATH, or a command with its arguments.
 ///
 /// # Errors
 /// Every problem with the target and the options.

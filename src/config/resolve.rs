@@ -1,6 +1,7 @@
 //! What is written becomes what is run: defaults filled in, paths absolute, and everything checked that can be
 //! checked before something starts.
 
+use crate::model::mask::{self, ShowEnv};
 use crate::model::spelling;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -225,7 +226,8 @@ pub(super) fn resolve(
         && let Some(start) = env.get(&var.value)
         && start.trim().parse::<u32>().is_err()
     {
-        let message = format!("`increment_var` counts up from {}, which is no number", quoted(start));
+        let start = quoted(mask::shown(&var.value, start, ShowEnv::No));
+        let message = format!("`increment_var` counts up from {start}, which is no number");
         problems.push(Problem::new(var.place.clone(), message));
     }
 

@@ -55,13 +55,19 @@ pub struct FileKey {
 }
 
 /// The keys outside of `[[apps]]`.
-pub static FILE_KEYS: [FileKey; 2] = [
+pub static FILE_KEYS: [FileKey; 3] = [
     FileKey { name: "apps", takes: "tables", default: "required", meaning: "One `[[apps]]` table per app." },
     FileKey {
         name: "start_parallelism",
         takes: "number, 1 to 1000",
         default: "2 × CPUs",
         meaning: "How many instances may be launching at once; the others wait their turn.",
+    },
+    FileKey {
+        name: "show_env",
+        takes: "true or false",
+        default: "false, or what the last file said that had it",
+        meaning: "Show values of the environment in `jlist`, `describe` and plans to everybody who may ask the daemon; false masks them.",
     },
 ];
 
@@ -101,8 +107,17 @@ pub static KEYS: [Key; 58] = [
         takes: "string",
         default: "required",
         example: "\"server.js\"",
-        meaning: "What to run: a file (relative to `cwd`), a command in PATH, or a shell line when it has a space; `pm` is pm itself.",
+        meaning: "What to run: a file (relative to `cwd`), a command in PATH, or a command with its arguments; `pm` is pm itself.",
         read: set!(script, v => v.at(v.filled()?)),
+    },
+    Key {
+        name: "shell",
+        aliases: &[],
+        takes: "true or false",
+        default: "false",
+        example: "true",
+        meaning: "`script` is a line for bash, or sh where there is no bash: with pipes, variables, `&&`. Without it no shell reads it.",
+        read: set!(shell, v => v.at(v.boolean()?)),
     },
     Key {
         name: "args",

@@ -49,6 +49,45 @@ pub fn split(line: &str) -> Result<Vec<String>, BadWords> {
     Ok(words)
 }
 
+/// What a shell does before it runs a program, and nobody else can.
+const BUILTINS: [&str; 14] = [
+    ".", ":", "alias", "cd", "eval", "exec", "export", "if", "for", "set", "source", "trap", "ulimit",
+    "while",
+];
+
+/// The first thing in a line that only a shell understands, in words: a pipe, a variable, a redirection, a pattern. In
+/// single quotes, or after a backslash, everything is literal.
+pub fn shell_syntax(line: &str) -> Option<String> {
+    let mut quote = None;
+    let mut at_start = true;
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        match (quote, c) {
+            (Some(open), c) if c == open => quote = None,
+            (Some('\''), _) => {}
+            (None, '\'' | '"') => quote = Some(c),
+            (_, '\\') => {
+                chars.next();
+            }
+            (_, '$' | '`') => return Some(format!("`{c}`")),
+            (Some(_), _) => {}
+            (None, '|' | '&' | ';' | '<' | '>' | '(' | ')' | '*' | '?' | '[' | '\n') => {
+                return Some(format!("`{}`", c.escape_debug()));
+            }
+            (None, '~' | '#') if at_start => return Some(format!("`{c}`")),
+            (None, _) => {}
+        }
+        at_start = quote.is_none() && c.is_whitespace();
+    }
+    let first = split(line).ok()?.into_iter().next()?;
+    // With a quote in it the name is none.
+    let assigns = line.trim_start().split_once('=').is_some_and(|(name, _)| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        !name.is_empty() && name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit())
+    });
+    (assigns || BUILTINS.contains(&first.as_str())).then(|| format!("`{first}`"))
+}
+
 /// The word as a shell reads it back, quoted only where needed.
 pub fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=@%+,{}".contains(c);

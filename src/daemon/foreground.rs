@@ -60,9 +60,9 @@ pub(super) fn say(text: &str) {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the daemon's stderr is its log")]
 fn print_plainly(text: &str) {
-    eprintln!("{text}");
+    // On a full disk there is nobody left to tell.
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 /// Removes the home of a daemon that has ended.

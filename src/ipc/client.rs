@@ -6,6 +6,7 @@ use std::collections::hash_map::RandomState;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, BufReader};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use interprocess::ConnectWaitMode;
@@ -15,6 +16,7 @@ use interprocess::local_socket::{ConnectOptions, GenericFilePath, Stream};
 use super::codec::{self, CodecError};
 use super::protocol::{Answer, Call, Line, PlanView, Refused, Reply, Request, StepView, VERSION};
 use crate::model::id::OpId;
+use crate::sys::peer;
 
 /// How long connecting may take, where the queue of a daemon that does not accept is full.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
@@ -87,6 +89,15 @@ impl Connection {
         stream.set_recv_timeout(Some(SILENCE_MAX))?;
         stream.set_send_timeout(Some(SILENCE_MAX))?;
         Ok(Self { stream: BufReader::with_capacity(BUFFER, stream), line: Vec::new() })
+    }
+
+    /// The uid of the daemon at the other end.
+    ///
+    /// # Errors
+    /// As getsockopt(2).
+    pub fn server_uid(&self) -> io::Result<u32> {
+        let Stream::UdSocket(socket) = self.stream.get_ref();
+        peer::uid_of(socket.as_fd())
     }
 
     /// Asks, passes on what is said meanwhile, and returns the end.

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, Generation, OpId, PmId, Slot};
+pub use crate::model::mask::MASK;
 use crate::model::saved::HookKind;
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
@@ -69,6 +70,12 @@ pub enum Request {
     LimitStarts {
         /// From 1.
         at_once: u32,
+    },
+    /// Whether values of the environment are shown to everybody who asks, as `show_env` of a config file says.
+    /// Answers `Operation`.
+    ShowEnv {
+        /// From now on.
+        show: bool,
     },
     /// Start apps from specs. Answers `Operation`.
     Start {
@@ -626,9 +633,6 @@ pub struct HostView {
     /// Bytes in all.
     pub memory_total: u64,
 }
-
-/// What stands in place of an environment value that is nobody's business.
-pub const MASK: &str = "********";
 
 /// Everything known about an instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

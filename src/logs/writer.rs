@@ -11,7 +11,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{
+    FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,7 @@ use nix::unistd::{Gid, Uid, fchown};
 
 use super::journal::{Destination, Journal, Lines, Piece, StreamKey};
 use crate::model::spec::Overflow;
+use crate::sys::guarded::{self, Way};
 
 /// Log files are readable by their group, not by the world.
 const MODE: u32 = 0o640;
@@ -419,6 +422,9 @@ impl Writer {
 /// blocking every app's output.
 pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if may_be_link(path) { 0 } else { libc::O_NOFOLLOW };
+    // The directory may be another user's, who must not send root elsewhere.
+    let way = if may_be_link(path) { None } else { Some(guarded::way_to(path)?) };
+    let path = way.as_ref().map_or(path, Way::as_path);
     let mut options = OpenOptions::new();
     options.append(true).mode(MODE).custom_flags(flags);
     let file = match options.open(path) {
@@ -429,6 +435,8 @@ pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
             }
             match options.clone().create_new(true).open(path) {
                 Ok(file) => {
+                    // Whatever the umask of the shell that started the daemon was.
+                    file.set_permissions(fs::Permissions::from_mode(MODE))?;
                     if let Some(Owner { uid, gid }) = owner {
                         fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
                     }
@@ -509,7 +517,7 @@ mod tests {
         let mut desk = Desk::new(path.clone(), now);
         assert_eq!(desk.append(1, b"hello\n", now), Outcome::Written);
         assert_eq!(fs::read(&path).unwrap(), b"hello\n");
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7137, 0, "at most 0640");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod exit;
 pub mod figures;
 pub mod foreground;
 pub mod id;
+pub mod mask;
 pub mod moment;
 pub mod saved;
 pub mod signal;

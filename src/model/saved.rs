@@ -23,6 +23,9 @@ pub struct SavedFleet {
     /// `start_parallelism` as the last file that had it said.
     #[serde(default)]
     pub start_parallelism: Option<u32>,
+    /// `show_env` as the last file that had it said.
+    #[serde(default)]
+    pub show_env: bool,
 }
 
 /// The desired state of one app.

@@ -74,6 +74,8 @@ pub struct Fleet {
     pub(super) ending: Option<Ending>,
     /// When to write the state again, after that failed.
     pub(super) write_again: Option<Moment>,
+    /// Whether values of the environment are shown to everybody who asks.
+    shows_env: bool,
     pub(super) changed: u64,
     /// Nothing that goes down is waited for any more.
     pub(super) hurried: bool,
@@ -88,6 +90,7 @@ impl Fleet {
 
     pub(super) fn with_wanted(mut settings: Settings, wanted: Wanted) -> Self {
         settings.start_parallelism = wanted.start_parallelism.unwrap_or(settings.start_parallelism);
+        let shows_env = wanted.show_env;
         Self {
             settings,
             apps: BTreeMap::new(),
@@ -109,6 +112,7 @@ impl Fleet {
             touched: BTreeSet::new(),
             ending: None,
             write_again: None,
+            shows_env,
             changed: 0,
             hurried: false,
         }
@@ -132,14 +136,29 @@ impl Fleet {
         std::mem::take(&mut self.shared.news)
     }
 
-    /// Limits how many instances may launch at once, in place of the settings; saved with the next change of an app.
+    /// Limits how many instances may launch at once, in place of the settings; saved by the next turn.
     pub fn limit_starts(&mut self, at_once: u32) {
         self.settings.start_parallelism = at_once;
-        self.shared.ledger.wanted.start_parallelism = Some(at_once);
-        // What is being saved takes the place of what is wanted.
-        if let Some(batch) = &mut self.shared.ledger.under_way {
-            batch.candidate.start_parallelism = Some(at_once);
-        }
+        self.change_settings(Some(at_once), None);
+    }
+
+    /// Whether values of the environment are shown to everybody who asks; saved by the next turn.
+    pub fn show_env(&mut self, show: bool) {
+        // At once, and not when it is saved: whoever turns it off means now.
+        self.shows_env = show;
+        self.change_settings(None, Some(show));
+    }
+
+    /// Whether values of the environment are shown to everybody who asks.
+    #[must_use]
+    pub const fn shows_env(&self) -> bool {
+        self.shows_env
+    }
+
+    /// A save that is under way does not know of it yet, so it is a change like any other.
+    fn change_settings(&mut self, start_parallelism: Option<u32>, show_env: Option<bool>) {
+        let change = Change::Settings { start_parallelism, show_env };
+        self.shared.ledger.push_regardless(change, After::Nothing);
     }
 
     /// When `DeadlineReached` is due; `None`: never, unless something else happens.

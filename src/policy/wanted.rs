@@ -16,6 +16,7 @@ pub(super) struct Wanted {
     apps: BTreeMap<AppName, Arc<SavedApp>>,
     next_pm_id: u32,
     pub(super) start_parallelism: Option<u32>,
+    pub(super) show_env: bool,
 }
 
 /// One change of the desired state. One for an app that is gone changes nothing.
@@ -53,6 +54,8 @@ pub(super) enum Change {
     Remove { app: AppName },
     /// More generations for this app's slots: the ledger adds them for every app that a change names.
     Reserve { app: AppName },
+    /// What files say of the whole daemon; `None` where they were silent.
+    Settings { start_parallelism: Option<u32>, show_env: Option<bool> },
     /// None: what was changed before is to be written again.
     Nothing,
 }
@@ -73,7 +76,7 @@ impl Change {
             | Self::Condemn { app }
             | Self::Remove { app }
             | Self::Reserve { app } => Some(app),
-            Self::CondemnAll | Self::Nothing => None,
+            Self::CondemnAll | Self::Settings { .. } | Self::Nothing => None,
         }
     }
 }
@@ -82,7 +85,7 @@ impl Wanted {
     /// The desired state as it was saved.
     pub(super) fn from_saved(saved: SavedFleet) -> Self {
         let mut next_pm_id = saved.next_pm_id;
-        let start_parallelism = saved.start_parallelism;
+        let (start_parallelism, show_env) = (saved.start_parallelism, saved.show_env);
         let mut apps = BTreeMap::new();
         for mut app in saved.apps {
             for slot in &mut app.slots {
@@ -93,14 +96,19 @@ impl Wanted {
             }
             apps.insert(app.spec.name.clone(), Arc::new(app));
         }
-        Self { apps, next_pm_id, start_parallelism }
+        Self { apps, next_pm_id, start_parallelism, show_env }
     }
 
     /// What is to be written. `pm_id`s count up, so the first of each app tells the order of creation.
     pub(super) fn to_saved(&self) -> SavedFleet {
         let mut apps: Vec<SavedApp> = self.apps.values().map(|app| SavedApp::clone(app)).collect();
         apps.sort_by_key(|app| app.slots.first().map(|slot| slot.pm_id));
-        SavedFleet { apps, next_pm_id: self.next_pm_id, start_parallelism: self.start_parallelism }
+        SavedFleet {
+            apps,
+            next_pm_id: self.next_pm_id,
+            start_parallelism: self.start_parallelism,
+            show_env: self.show_env,
+        }
     }
 
     pub(super) fn app(&self, name: &AppName) -> Option<&SavedApp> {
@@ -236,6 +244,10 @@ impl Wanted {
                 if self.apps.is_empty() {
                     self.next_pm_id = 0;
                 }
+            }
+            Change::Settings { start_parallelism, show_env } => {
+                self.start_parallelism = start_parallelism.or(self.start_parallelism);
+                self.show_env = show_env.unwrap_or(self.show_env);
             }
             Change::Reserve { .. } | Change::Nothing => {}
         }

@@ -333,7 +333,7 @@ mod tests {
     fn state(next_pm_id: u32) -> State {
         let shell = Arc::new(BTreeMap::from([("SECRET".to_owned(), "hush".to_owned())]));
         State {
-            fleet: SavedFleet { apps: Vec::new(), next_pm_id, start_parallelism: None },
+            fleet: SavedFleet { next_pm_id, ..SavedFleet::default() },
             shells: BTreeMap::from([(AppName::new("api").unwrap(), shell)]),
         }
     }

@@ -49,6 +49,7 @@ use crate::logs::naming::is_merged;
 use crate::logs::pump::LogEvent;
 use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, InstanceId, OpId};
+use crate::model::mask::ShowEnv;
 use crate::model::moment::Moment;
 use crate::model::saved::{SavedApp, SavedOperation};
 use crate::model::spec::AppSpec;
@@ -742,10 +743,12 @@ impl Driver {
                 self.publish(Question::List { figures }, &targets, replies)?;
             }
             Request::Describe { targets, show_env } => {
-                self.publish(Question::Describe(show_env.into()), &targets, replies)?;
+                let show = self.show(show_env);
+                self.publish(Question::Describe(show), &targets, replies)?;
             }
             Request::Jlist { targets, show_env } => {
-                self.publish(Question::Jlist(show_env.into()), &targets, replies)?;
+                let show = self.show(show_env);
+                self.publish(Question::Jlist(show), &targets, replies)?;
             }
             Request::EnvDiff { target } => {
                 let answer = self.env_diff(&target)?;
@@ -758,14 +761,17 @@ impl Driver {
             }
             Request::LimitStarts { at_once } => {
                 self.fleet.limit_starts(at_once);
-                let done = OperationView { ok: true, apps: Vec::new() };
-                let _ = replies.send(Reply::Answer(Answer::Operation(done)));
+                self.settings_changed(replies);
+            }
+            Request::ShowEnv { show } => {
+                self.fleet.show_env(show);
+                self.settings_changed(replies);
             }
             Request::Start { specs, shell } => self.start(op, specs, shell, replies)?,
             Request::Apply { specs, all, file, prune, act, shell, show_env } => {
                 let specs = self.settled(specs);
                 let plan = self.fleet.plan(&specs, &all, &file, prune);
-                let shown = plan_view(&plan, show_env.into());
+                let shown = plan_view(&plan, self.show(show_env));
                 if !act {
                     let _ = replies.send(Reply::Answer(Answer::Plan(shown)));
                     return Ok(());
@@ -861,6 +867,18 @@ impl Driver {
             },
         }
         Ok(())
+    }
+
+    /// Whether the caller gets values: it asked for them, or the daemon's setting lets everybody have them.
+    fn show(&self, asked: bool) -> ShowEnv {
+        (asked || self.fleet.shows_env()).into()
+    }
+
+    /// A turn in which nothing has happened saves them.
+    fn settings_changed(&mut self, replies: &Replies) {
+        self.turn(Event::DeadlineReached);
+        let done = OperationView { ok: true, apps: Vec::new() };
+        let _ = replies.send(Reply::Answer(Answer::Operation(done)));
     }
 
     fn env_diff(&self, target: &str) -> Result<Answer, Refused> {

@@ -9,57 +9,13 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::{RawValue, Value, to_raw_value};
 
 use super::publish::{Numbers, SlotInfo, current_health, health_word, probe_view};
-use crate::ipc::protocol::{MASK, ProcessView};
+use crate::ipc::protocol::ProcessView;
 use crate::model::figures::NodeFigures;
+use crate::model::mask::{ShowEnv, shown};
 use crate::model::moment::millis;
 use crate::model::spec::ExecMode;
 use crate::policy::vocabulary::RunView;
 use crate::sys::clock;
-
-/// Variables that are never masked: what people look for, and what pm itself sets.
-const OPEN: [&str; 16] = [
-    "NODE_ENV",
-    "PORT",
-    "NODE_APP_INSTANCE",
-    "pm_id",
-    "name",
-    "namespace",
-    "PM_GENERATION",
-    "PM_INSTANCE",
-    "PM_READY_FD",
-    "NODE_CHANNEL_FD",
-    "NODE_CHANNEL_SERIALIZATION_MODE",
-    "NODE_UNIQUE_ID",
-    "NOTIFY_SOCKET",
-    "LISTEN_FDS",
-    "LISTEN_FDNAMES",
-    "LISTEN_PID",
-];
-
-/// What the variables of that kind begin with: `PM_LISTEN_FD_web`.
-const OPEN_PREFIX: &str = "PM_LISTEN_FD_";
-
-/// Whether values of the environment are shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ShowEnv {
-    /// Masked.
-    No,
-    /// As they are.
-    Yes,
-}
-
-impl From<bool> for ShowEnv {
-    fn from(show: bool) -> Self {
-        if show { Self::Yes } else { Self::No }
-    }
-}
-
-/// The value to show for a variable.
-#[must_use]
-pub fn shown<'a>(key: &str, value: &'a str, show: ShowEnv) -> &'a str {
-    let open = show == ShowEnv::Yes || OPEN.contains(&key) || key.starts_with(OPEN_PREFIX);
-    if open { value } else { MASK }
-}
 
 /// The whole array.
 #[must_use]

@@ -1,8 +1,8 @@
 //! A plan in the words of the protocol.
 
-use super::jlist::{ShowEnv, shown};
 use crate::ipc::protocol::{KeyChange, Measure as MeasureWord, PlanView, PlannedApp};
 use crate::model::difference::{Difference, variable_of};
+use crate::model::mask::{ShowEnv, shown};
 use crate::policy::plan::{Measure, Plan, Planned};
 
 /// A plan as it is shown: values of the environment masked unless asked otherwise.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::details::Details;
 use super::handle::Replies;
-use super::jlist::{self, ShowEnv, shown};
+use super::jlist;
 use super::probe::Finding;
 use super::variables::Variables;
 use super::world::Heard;
@@ -26,6 +26,7 @@ use crate::metrics::sample::Sampler;
 use crate::model::exit::ExitReason;
 use crate::model::figures::NodeFigures;
 use crate::model::id::InstanceId;
+use crate::model::mask::{self, ShowEnv, shown};
 use crate::model::moment::{Moment, millis};
 use crate::model::spec::{AppSpec, Balance, Runtime};
 use crate::model::status::Status;
@@ -361,7 +362,7 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
         slot.env.iter().map(|(key, value)| (key.to_owned(), shown(key, value, show).to_owned())).collect();
     InstanceDetail {
         row: row(slot, &numbers, now),
-        spec: masked(&slot.spec, show),
+        spec: mask::spec(&slot.spec, show),
         revision: slot.revision,
         out_file: slot.out_file.clone(),
         error_file: slot.error_file.clone(),
@@ -380,15 +381,6 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
         notes: notes(slot),
         node_version: slot.node_version.clone(),
     }
-}
-
-/// The spec's own variables are part of the environment, and as secret.
-fn masked(spec: &AppSpec, show: ShowEnv) -> AppSpec {
-    let mut spec = spec.clone();
-    for (key, value) in &mut spec.env.vars {
-        *value = shown(key, value, show).to_owned();
-    }
-    spec
 }
 
 /// The current run's health.

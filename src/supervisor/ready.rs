@@ -5,12 +5,11 @@
 //! channel, the third source, belongs to the dispatcher.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram as StdDatagram};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::mpsc::UnboundedSender;
@@ -20,7 +19,7 @@ use tokio::task::AbortHandle;
 use super::driver::Input;
 use crate::model::id::{Generation, InstanceId, PmId};
 use crate::sys::pipe::peek_pipe;
-use crate::sys::watch;
+use crate::sys::{peer, watch};
 
 /// The longest path of a unix socket, unix(7), less the final zero.
 const SOCKET_PATH_MAX: usize = 107;
@@ -63,6 +62,7 @@ pub fn bind_notify(dir: &Path, pm_id: PmId, generation: Generation) -> io::Resul
     } else {
         let abstract_name = format!("pm-{}-{pm_id}.{generation}", std::process::id());
         socket = StdDatagram::bind_addr(&SocketAddr::from_abstract_name(&abstract_name)?)?;
+        peer::note_senders(socket.as_fd())?;
         name = format!("@{abstract_name}");
     }
     socket.set_nonblocking(true)?;
@@ -79,13 +79,20 @@ pub fn listen_notify(
     socket: StdDatagram,
     inputs: UnboundedSender<Input>,
 ) -> io::Result<AbortHandle> {
+    // A path is kept from others by the directory that it is in. An abstract name can be found by anybody.
+    let is_open_to_all = socket.local_addr()?.as_abstract_name().is_some();
+    if is_open_to_all {
+        peer::note_senders(socket.as_fd())?;
+    }
     let socket = UnixDatagram::from_std(socket)?;
     let task = tokio::spawn(async move {
         let mut datagram = vec![0; DATAGRAM_MAX];
         loop {
-            let peek = || Ok(recv(socket.as_raw_fd(), &mut datagram, MsgFlags::MSG_PEEK)?);
-            let Ok(length) = socket.async_io(Interest::READABLE, peek).await else { return };
-            let says_ready = datagram[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1");
+            let peek = || peer::peek(socket.as_fd(), &mut datagram);
+            let Ok((length, sender)) = socket.async_io(Interest::READABLE, peek).await else { return };
+            let may_speak = !is_open_to_all || sender.is_some_and(peer::may_command);
+            let says_ready =
+                may_speak && datagram[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1");
             if says_ready {
                 let (recorded, is_recorded) = oneshot::channel();
                 // Both fail only when the driver has ended.
@@ -161,7 +168,7 @@ mod tests {
         let Some(Input::SaidReady(_, Some(recorded))) = heard.recv().await else { panic!("not heard") };
         // The supervisor dies here: the next one finds it, and it alone.
         let mut datagram = [0; 64];
-        let length = recv(next.as_raw_fd(), &mut datagram, MsgFlags::MSG_PEEK).unwrap();
+        let (length, _) = peer::peek(next.as_fd(), &mut datagram).unwrap();
         assert_eq!(&datagram[..length], b"STATUS=now\nREADY=1\n");
         recorded.send(()).unwrap();
         // What comes later does not fill the socket.
@@ -170,6 +177,32 @@ mod tests {
             tokio::task::yield_now().await;
         }
         theirs.send(b"READY=1").unwrap();
+        assert!(matches!(heard.recv().await, Some(Input::SaidReady(..))));
+    }
+
+    /// A process of another user, where this one may make one.
+    fn shout_as_nobody(name: &str) -> bool {
+        let script = format!(
+            "import os, socket\nos.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\n\
+             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', '\\0{name}')"
+        );
+        let mut python = std::process::Command::new("python3");
+        peer::own_uid() == 0 && python.args(["-c", &script]).status().unwrap().success()
+    }
+
+    #[tokio::test]
+    async fn another_user_cannot_say_ready_where_the_name_of_the_socket_is_open_to_all() {
+        let long = Path::new("/").join("x".repeat(200));
+        let NotifySocket { socket, name } = bind_notify(&long, PmId(0), Generation(1)).unwrap();
+        let name = name.strip_prefix('@').unwrap();
+        let (inputs, mut heard) = unbounded_channel();
+        let _ear = listen_notify(id(), socket, inputs).unwrap();
+        if shout_as_nobody(name) {
+            let quiet = tokio::time::timeout(std::time::Duration::from_millis(200), heard.recv()).await;
+            assert!(quiet.is_err(), "somebody else was heard");
+        }
+        let ours = StdDatagram::unbound().unwrap();
+        ours.send_to_addr(b"READY=1", &SocketAddr::from_abstract_name(name).unwrap()).unwrap();
         assert!(matches!(heard.recv().await, Some(Input::SaidReady(..))));
     }
 

@@ -56,7 +56,7 @@ use crate::sys::procfs::ProcessId;
 use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
-use crate::sys::{clock, orphans, poll};
+use crate::sys::{clock, guarded, orphans, poll};
 use hooks::HookProcesses;
 pub use probes::Heard;
 use probes::Probes;
@@ -719,7 +719,7 @@ impl World {
 
     fn write_pid_file(&self, app: &AppName, pm_id: PmId, pid: u32) {
         let pid_file = self.pid_file(app, pm_id);
-        if let Err(error) = std::fs::write(&pid_file, pid.to_string()) {
+        if let Err(error) = guarded::write_private(&pid_file, pid.to_string().as_bytes()) {
             tracing::warn!(path = %pid_file.display(), %error, "cannot write the pid file");
         }
     }

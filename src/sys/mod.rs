@@ -6,6 +6,7 @@ pub mod clock;
 pub mod cpus;
 pub mod exec;
 pub mod fdpass;
+pub mod guarded;
 pub mod helper;
 pub mod holder;
 pub mod inherited;

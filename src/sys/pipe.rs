@@ -6,7 +6,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use nix::fcntl::{OFlag, SpliceFFlags, tee};
@@ -86,6 +86,8 @@ pub fn packet_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 pub fn packet_listener(path: &Path) -> io::Result<OwnedFd> {
     let socket = Socket::new(Domain::UNIX, Type::SEQPACKET.nonblocking(), None)?;
     socket.bind(&SockAddr::unix(path)?)?;
+    // Nobody can connect before listen(2), so there is no instant at which the umask counts.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     socket.listen(4)?;
     Ok(socket.into())
 }

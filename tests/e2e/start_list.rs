@@ -75,7 +75,7 @@ fn a_script_is_named_after_its_file_and_gets_the_arguments_behind_the_dashes() {
 fn a_binary_and_a_shell_command_run_as_they_are() {
     let home = Home::new();
     home.ok(&["start", "/bin/sleep", "--name", "binary", "--", "1000"]);
-    home.ok(&["start", "sleep 1000 && echo never", "--name", "line"]);
+    home.ok(&["start", "sleep 1000 && echo never", "--shell", "--name", "line"]);
     assert_eq!(process::cmdline(home.pid("binary")), ["/bin/sleep", "1000"]);
     let line = home.pid("line");
     wait_until("a shell runs the line", SOON, || {

@@ -172,7 +172,7 @@ fn a_pipeline_is_told_to_stop_as_a_terminal_would_tell_it() {
         "process.on('SIGINT', () => { console.log('handler ran'); process.exit(0); });\n\
          setInterval(() => {}, 1000); console.log('up');\n",
     );
-    home.ok(&["start", "node app.js | cat", "--name", "piped", "--kill-timeout", "20s"]);
+    home.ok(&["start", "node app.js | cat", "--shell", "--name", "piped", "--kill-timeout", "20s"]);
     home.log_with("piped-out.log", "up");
     let run = home.ok(&["stop", "piped"]);
     run.does_not_say("killed after");

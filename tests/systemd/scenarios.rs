@@ -28,7 +28,7 @@ pub(crate) const ALL: &[Scenario] = &[
         "fifty_apps_that_boot_with_cpu_work_all_come_up_and_ready_does_not_wait_for_them",
         pain_19_ready_is_sent_when_the_daemon_is_up_and_fifty_apps_are_restored_in_parallel,
     ),
-    ("credentials_of_the_unit_reach_apps", credentials),
+    ("pain_42_credentials_of_the_unit_reach_apps", pain_42_credentials),
     ("apps_do_not_inherit_what_protects_the_daemon", oom_scores),
     ("pm_kill_ends_the_unit_and_systemd_does_not_start_it_again", kill_is_final),
     ("unstartup_undoes_startup_and_ends_nothing", unstartup),
@@ -346,7 +346,7 @@ fn pain_19_ready_is_sent_when_the_daemon_is_up_and_fifty_apps_are_restored_in_pa
     until_says("systemctl show pm --value -p StatusText", "50 apps: 50 online");
 }
 
-fn credentials() {
+fn pain_42_credentials() {
     ok("pm startup");
     write("token", "s3cret");
     drop_in(&format!("LoadCredential=token:{DIR}/token"));

@@ -6,7 +6,7 @@ use super::{Wording, apps_of, nothing_there, operate, show_table};
 use crate::cli::Context;
 use crate::cli::args::{Act, ActFile, FileOptions};
 use crate::cli::error::CliError;
-use crate::cli::specs;
+use crate::cli::specs::{self, FileSettings};
 use crate::ipc::protocol::{Request, Verb};
 use crate::model::spec::AppSpec;
 
@@ -31,14 +31,14 @@ pub(super) fn without_file(verb: Verb, args: Act, context: &mut Context) -> Resu
 
 /// `restart` and `reload`: a config file also brings what it says now.
 pub(super) fn with_file(verb: Verb, args: ActFile, context: &mut Context) -> Result<(), CliError> {
-    let Chosen { targets, specs, start_parallelism } = Chosen::by(verb, &args, context)?;
+    let Chosen { targets, specs, settings } = Chosen::by(verb, &args, context)?;
     let mut session = if specs.is_empty() {
         let Some(session) = context.session()? else { return nothing_there(&targets, context) };
         session
     } else {
         context.session_or_start()?
     };
-    session.limit_starts(start_parallelism)?;
+    session.apply_settings(settings)?;
     let shell = (args.update_env || !specs.is_empty()).then(specs::shell);
     let request = Request::Act { verb, targets, specs, shell, update_env: args.update_env };
     let done = operate(request, &Wording::of(verb), args.waiting.no_wait, &mut session, context)?;
@@ -50,18 +50,18 @@ pub(super) fn with_file(verb: Verb, args: ActFile, context: &mut Context) -> Res
 pub(super) struct Chosen {
     pub(super) targets: Vec<String>,
     pub(super) specs: Vec<AppSpec>,
-    start_parallelism: Option<u32>,
+    settings: FileSettings,
 }
 
 impl Chosen {
     pub(super) fn by(verb: Verb, args: &ActFile, context: &mut Context) -> Result<Self, CliError> {
         check_file_options(&args.targets, &args.file)?;
-        let mut chosen = Self { targets: Vec::new(), specs: Vec::new(), start_parallelism: None };
+        let mut chosen = Self { targets: Vec::new(), specs: Vec::new(), settings: FileSettings::default() };
         for target in &args.targets {
             if specs::is_config(target) {
                 let file = context.specs_of(target, &args.file, Wording::of(verb).verb)?;
                 chosen.specs.extend(file.apps);
-                chosen.start_parallelism = file.start_parallelism.or(chosen.start_parallelism);
+                chosen.settings = file.settings.or(chosen.settings);
             } else {
                 chosen.targets.push(target.clone());
             }

@@ -21,8 +21,7 @@ pub(super) fn run(args: &Apply, context: &mut Context) -> Result<u8, CliError> {
             ),
         });
     }
-    let FileSpecs { apps, start_parallelism, all, path } =
-        context.specs_of(&args.file, &args.options, "apply")?;
+    let FileSpecs { apps, settings, all, path } = context.specs_of(&args.file, &args.options, "apply")?;
     let only_look = args.check || args.dry_run;
     let request = |act| Request::Apply {
         specs: apps.clone(),
@@ -48,7 +47,7 @@ pub(super) fn run(args: &Apply, context: &mut Context) -> Result<u8, CliError> {
     }
     let request = request(true);
     let mut session = context.session_or_start()?;
-    session.limit_starts(start_parallelism)?;
+    session.apply_settings(settings)?;
     let mut seen = None;
     let done = operate_with(
         request,

@@ -6,12 +6,14 @@ use crate::cli::error::CliError;
 use crate::cli::output::words;
 use crate::cli::specs::Wishes;
 use crate::config::words::quote;
+use crate::model::mask;
 use crate::model::spec::AppSpec;
 
 pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
     let resolved = Wishes::of_file(&args.options).check(&args.file)?;
     if context.json {
-        let specs: Vec<&AppSpec> = resolved.iter().map(|app| &app.spec).collect();
+        let show = context.surroundings.show_env.into();
+        let specs: Vec<AppSpec> = resolved.iter().map(|app| mask::spec(&app.spec, show)).collect();
         let text = serde_json::to_string(&specs).map_err(std::io::Error::other)?;
         return Ok(context.terminal.data_line(&text)?);
     }

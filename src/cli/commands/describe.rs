@@ -13,7 +13,7 @@ use crate::config::words::quote;
 use crate::ipc::protocol::{Answer, Request};
 
 pub(super) fn run(args: &Describe, context: &mut Context) -> Result<(), CliError> {
-    let show_env = args.show_env || context.surroundings.show_env;
+    let show_env = context.surroundings.show_env;
     let Some(mut session) = context.session()? else {
         return super::nothing_there(&args.targets, context);
     };
@@ -22,7 +22,7 @@ pub(super) fn run(args: &Describe, context: &mut Context) -> Result<(), CliError
     let mut origins = Origins::default();
     for detail in &mut details {
         let Some(origin) = detail.spec.origin.clone() else { continue };
-        let said = origins.says(&origin, &detail.row.app, show_env, &mut session, context)?;
+        let said = origins.says(&origin, &detail.row.app, show_env, &mut session)?;
         detail.notes.extend(note(&said, &origin.file));
     }
     if context.json {

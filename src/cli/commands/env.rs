@@ -47,14 +47,14 @@ fn diff(target: &str, context: &mut Context) -> Result<(), CliError> {
     else {
         return Err(CliError::WrongAnswer);
     };
-    let request = || Request::Describe { targets: vec![target.to_owned()], show_env: true };
+    let request = || Request::Describe { targets: vec![target.to_owned()], show_env: false };
     let Answer::Describe(details) = session.ask(request)? else { return Err(CliError::WrongAnswer) };
     let origin = details.first().and_then(|detail| detail.spec.origin.clone());
     let mut file = Vec::new();
     let mut path = String::new();
     if let Some(origin) = origin {
         path = origin.file.display().to_string();
-        if let Said::Changes(changes) = Origins::default().says(&origin, &app, true, &mut session, context)? {
+        if let Said::Changes(changes) = Origins::default().says(&origin, &app, true, &mut session)? {
             file = changes;
             file.retain(|change| variable_of(&change.key).is_some() || change.key == "env_file");
         }

@@ -18,7 +18,7 @@ pub(super) enum Form {
 }
 
 pub(super) fn run(args: &Jlist, form: Form, context: &mut Context) -> Result<(), CliError> {
-    let show_env = args.show_env || context.surroundings.show_env;
+    let show_env = context.surroundings.show_env;
     let Some(mut session) = context.session()? else {
         return match args.targets.iter().find(|target| *target != "all") {
             Some(target) => Err(CliError::NoSuchApp { target: target.clone() }),

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::cli::Context;
 use crate::cli::args::FileOptions;
 use crate::cli::connect::Session;
 use crate::cli::error::CliError;
@@ -40,11 +39,10 @@ impl Origins {
         app: &AppName,
         show_env: bool,
         session: &mut Session,
-        context: &Context,
     ) -> Result<Said, CliError> {
         let key = (origin.file.clone(), origin.env_name.clone(), show_env);
         if !self.known.contains_key(&key) {
-            let planned = read(origin, show_env, session, context)?;
+            let planned = read(origin, show_env, session)?;
             self.known.insert(key.clone(), planned);
         }
         let Some(Some(apps)) = self.known.get(&key) else { return Ok(Said::Unreadable) };
@@ -55,12 +53,7 @@ impl Origins {
     }
 }
 
-fn read(
-    origin: &Origin,
-    show_env: bool,
-    session: &mut Session,
-    context: &Context,
-) -> Result<Option<Vec<PlannedApp>>, CliError> {
+fn read(origin: &Origin, show_env: bool, session: &mut Session) -> Result<Option<Vec<PlannedApp>>, CliError> {
     let options = FileOptions { only: None, env: origin.env_name.clone() };
     let Ok(file) = Wishes::of_file(&options).read_quietly(&origin.file) else { return Ok(None) };
     let request = || Request::Apply {
@@ -70,7 +63,7 @@ fn read(
         prune: false,
         act: false,
         shell: BTreeMap::new(),
-        show_env: show_env || context.surroundings.show_env,
+        show_env,
     };
     match session.ask(request)? {
         Answer::Plan(plan) => Ok(Some(plan.apps)),

@@ -14,7 +14,7 @@ use std::process::Command;
 use crate::cli::Context;
 use crate::cli::args::Run;
 use crate::cli::error::{CliError, code};
-use crate::cli::specs::{self, Wishes};
+use crate::cli::specs::{self, FileSettings, Wishes};
 use crate::config::file::DEFAULT_NAME;
 use crate::ipc::protocol::Request;
 use crate::model::foreground::{Foreground, LineForm, VARIABLE};
@@ -35,7 +35,7 @@ pub(super) fn run(args: &Run, context: &mut Context) -> Result<(), CliError> {
 
 fn become_daemon(args: &Run, context: &mut Context) -> Result<(), CliError> {
     let wishes = Wishes::new(&args.app, &args.file, &args.args)?;
-    let Wanted { specs, start_parallelism, on_hangup } = described(args, &wishes, context)?;
+    let Wanted { specs, settings, on_hangup } = described(args, &wishes, context)?;
     let form = match (context.json, args.raw) {
         (true, _) => LineForm::Json,
         (false, true) => LineForm::Raw,
@@ -46,11 +46,8 @@ fn become_daemon(args: &Run, context: &mut Context) -> Result<(), CliError> {
     let colors = context.terminal.look().color_out && io::stdout().is_terminal();
     let temporary_home = context.temporary_home;
     let foreground = Foreground { form, colors, on_hangup, cwd, temporary_home };
-    let requests: Vec<Request> = start_parallelism
-        .map(|at_once| Request::LimitStarts { at_once })
-        .into_iter()
-        .chain([Request::Start { specs, shell: specs::shell() }])
-        .collect();
+    let requests: Vec<Request> =
+        settings.requests().chain([Request::Start { specs, shell: specs::shell() }]).collect();
     prepare(&context.home, &requests)?;
     context.terminal.flush()?;
     let program = &context.surroundings.program;
@@ -67,8 +64,8 @@ fn become_daemon(args: &Run, context: &mut Context) -> Result<(), CliError> {
 /// What the command line describes.
 struct Wanted {
     specs: Vec<AppSpec>,
-    /// How many may launch at once, if the file says so.
-    start_parallelism: Option<u32>,
+    /// What the file says of the whole daemon.
+    settings: FileSettings,
     /// What SIGHUP does.
     on_hangup: Vec<String>,
 }
@@ -78,7 +75,7 @@ fn described(args: &Run, wishes: &Wishes, context: &mut Context) -> Result<Wante
     if !specs::is_config(target) {
         let spec = wishes.from_target(target, &mut context.terminal)?;
         let on_hangup = vec!["reload".to_owned(), "all".to_owned()];
-        return Ok(Wanted { specs: vec![spec], start_parallelism: None, on_hangup });
+        return Ok(Wanted { specs: vec![spec], settings: FileSettings::default(), on_hangup });
     }
     if args.target.is_none() && !Path::new(target).is_file() {
         return Err(CliError::Usage {
@@ -108,7 +105,7 @@ fn described(args: &Run, wishes: &Wishes, context: &mut Context) -> Result<Wante
             on_hangup.extend([option.to_owned(), value.clone()]);
         }
     }
-    Ok(Wanted { specs: file.apps, start_parallelism: file.start_parallelism, on_hangup })
+    Ok(Wanted { specs: file.apps, settings: file.settings, on_hangup })
 }
 
 /// Leaves what is to be started in a home that holds nothing else of its past: the file is what counts.

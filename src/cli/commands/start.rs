@@ -1,4 +1,4 @@
-//! `pm start`: what exists, a config file, a script, a binary, a shell line; several in sequence.
+//! `pm start`: what exists, a config file, a script, a binary, a line; several in sequence.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::cli::Context;
 use crate::cli::args::Start;
 use crate::cli::connect::Session;
 use crate::cli::error::CliError;
-use crate::cli::specs::{self, Wishes};
+use crate::cli::specs::{self, FileSettings, Wishes};
 use crate::config::file::DEFAULT_NAME;
 use crate::ipc::protocol::{Answer, ListView, Request, Verb};
 use crate::model::id::AppName;
@@ -43,9 +43,9 @@ pub(super) fn run(mut args: Start, context: &mut Context) -> Result<(), CliError
         _ => None,
     };
     let mut parts: Vec<Part> = Vec::new();
-    let mut start_parallelism = None;
+    let mut settings = FileSettings::default();
     for target in &args.targets {
-        match part(target, known.as_ref(), &wishes, session.as_mut(), context, &mut start_parallelism)? {
+        match part(target, known.as_ref(), &wishes, session.as_mut(), context, &mut settings)? {
             // What follows each other is started together.
             Part::Existing(more) => match parts.last_mut() {
                 Some(Part::Existing(targets)) => targets.extend(more),
@@ -62,7 +62,7 @@ pub(super) fn run(mut args: Start, context: &mut Context) -> Result<(), CliError
         Some(session) => session,
         None => context.session_or_start()?,
     };
-    session.limit_starts(start_parallelism)?;
+    session.apply_settings(settings)?;
     let mut apps = BTreeSet::new();
     let mut failed = Vec::new();
     for part in parts {
@@ -104,11 +104,11 @@ fn part(
     wishes: &Wishes,
     session: Option<&mut Session>,
     context: &mut Context,
-    start_parallelism: &mut Option<u32>,
+    settings: &mut FileSettings,
 ) -> Result<Part, CliError> {
     if specs::is_config(target) {
         let file = wishes.from_file(target, "start", &mut context.terminal)?;
-        *start_parallelism = file.start_parallelism.or(*start_parallelism);
+        *settings = file.settings.or(*settings);
         return Ok(Part::New(file.apps));
     }
     if target == "all" || is_regex(target) || known.is_some_and(|view| names(view, target)) {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::Context;
 use crate::cli::args::Upgrade;
 use crate::cli::error::{CliError, code};
+use crate::cli::specs;
 use crate::ipc::protocol::{KeeperFate, Refused, Request, UpgradeResult, UpgradeView};
 
 /// What `/proc/PID/exe` shows behind the path of a file that is not there any more.
@@ -16,6 +17,7 @@ pub(super) fn run(options: &Upgrade, context: &mut Context) -> Result<(), CliErr
         Some(program) => absolute(program)?,
         None => own(&context.surroundings.program)?,
     };
+    specs::trust(&program, "upgrade to")?;
     let Some(mut session) = context.session()? else {
         if *check {
             return Err(CliError::NoDaemon { home: context.home.dir().to_owned() });

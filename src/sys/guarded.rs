@@ -1,0 +1,268 @@
+//! Files that somebody else must not steer: written for nobody else, read without being held up, and not taken from
+//! where everybody may write.
+
+use std::ffi::OsStr;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Component, Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
+use nix::sys::stat::{Mode, SFlag, fstat, mkdirat};
+use nix::unistd::geteuid;
+
+/// May be written by everybody.
+const WORLD_WRITABLE: u32 = 0o002;
+/// In such a directory only their owners may remove and rename files, as in /tmp.
+const STICKY: u32 = 0o1000;
+
+/// Writes a file that only we may read, in place of what was there, whatever the umask; a symlink is refused.
+///
+/// # Errors
+/// As open(2) and write(2).
+pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options.open(path)?.write_all(bytes)
+}
+
+/// Opens a regular file for reading. A FIFO, a terminal or a device would hold its reader up for ever.
+///
+/// # Errors
+/// As open(2); `InvalidInput` for anything else than a regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
+    }
+}
+
+/// Why root should not do what a file says: everybody may change or replace it. `None` for other users, whom their files
+/// cannot make more powerful, and for what is no regular file.
+///
+/// # Errors
+/// As stat(2).
+pub fn steered_by_everybody(path: &Path) -> io::Result<Option<&'static str>> {
+    if !geteuid().is_root() {
+        return Ok(None);
+    }
+    let file = std::fs::metadata(path)?;
+    if !file.is_file() {
+        return Ok(None);
+    }
+    // Where the file really lies, should the path end in a symlink.
+    let real = std::fs::canonicalize(path)?;
+    let directory = real.parent().map(std::fs::metadata).transpose()?;
+    Ok(steered(&file, directory.as_ref()))
+}
+
+fn steered(file: &Metadata, directory: Option<&Metadata>) -> Option<&'static str> {
+    if file.mode() & WORLD_WRITABLE != 0 {
+        return Some("everybody may change it");
+    }
+    let directory = directory.filter(|directory| directory.mode() & WORLD_WRITABLE != 0)?;
+    if directory.mode() & STICKY == 0 {
+        return Some("everybody may replace it in its directory");
+    }
+    (file.uid() != 0).then_some("another user has put it where everybody may write")
+}
+
+/// A path that leads to its directory through a descriptor, so that nobody can change the way any more.
+#[derive(Debug)]
+pub struct Way {
+    path: PathBuf,
+    _directory: Option<OwnedFd>,
+}
+
+impl Way {
+    /// Valid as long as `self`.
+    #[must_use]
+    pub fn as_path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// How many symlinks may be on a way, as for the kernel (path_resolution(7)).
+const LINKS_MAX: u32 = 40;
+
+/// The way to a file that root is to create or write at an absolute path: missing directories are made, and a symlink of
+/// another user is followed only to a directory of the same user's. Otherwise that user would choose where root writes.
+/// For other processes than root's the path as it is: they can write no more than their user can.
+///
+/// # Errors
+/// As openat(2) and mkdirat(2); `PermissionDenied` names the symlink.
+pub fn way_to(path: &Path) -> io::Result<Way> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    if !geteuid().is_root() {
+        return Ok(Way { path: path.to_owned(), _directory: None });
+    }
+    let root = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
+    let mut links = 0;
+    let directory = walk(root, parent, &mut links)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    Ok(Way { path, _directory: Some(directory) })
+}
+
+const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
+
+fn walk(from: OwnedFd, path: &Path, links: &mut u32) -> io::Result<OwnedFd> {
+    let mut here = from;
+    for component in path.components() {
+        let name = match component {
+            Component::RootDir => {
+                here = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
+                continue;
+            }
+            Component::CurDir | Component::Prefix(_) => continue,
+            Component::ParentDir => "..".as_ref(),
+            Component::Normal(name) => name,
+        };
+        here = step(here, name, links)?;
+    }
+    Ok(here)
+}
+
+/// One directory further, by its name or by the symlink of that name.
+fn step(here: OwnedFd, name: &OsStr, links: &mut u32) -> io::Result<OwnedFd> {
+    let found = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let next = match openat(&here, name, found, Mode::empty()) {
+        Err(Errno::ENOENT) => {
+            match mkdirat(&here, name, Mode::from_bits_truncate(0o755)) {
+                // Somebody else was quicker.
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            openat(&here, name, found, Mode::empty())?
+        }
+        next => next?,
+    };
+    let meta = fstat(&next)?;
+    match SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT {
+        SFlag::S_IFDIR => return Ok(next),
+        SFlag::S_IFLNK => {}
+        _ => return Err(Errno::ENOTDIR.into()),
+    }
+    *links += 1;
+    if *links > LINKS_MAX {
+        return Err(Errno::ELOOP.into());
+    }
+    let target = readlinkat(&next, "")?;
+    let there = walk(here, Path::new(&target), links)?;
+    if meta.st_uid != 0 && fstat(&there)?.st_uid != meta.st_uid {
+        let message = format!(
+            "the symlink {} of user {} leads to what is not that user's",
+            name.display(),
+            meta.st_uid
+        );
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+    }
+    Ok(there)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    #[test]
+    fn a_private_file_is_private_and_follows_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("pid"), dir.path().join("victim"));
+        write_private(&path, b"12345").unwrap();
+        write_private(&path, b"7").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"7");
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        std::fs::write(&victim, "precious").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        symlink(&victim, &path).unwrap();
+        assert!(write_private(&path, b"7").is_err());
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn root_follows_a_symlink_of_another_user_only_to_what_is_that_users() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for (name, owner) in [("roots", 0), ("bobs", 1000), ("bobs/release", 1000)] {
+            std::fs::create_dir(at(name)).unwrap();
+            if geteuid().is_root() {
+                chown(at(name), Some(owner), None).unwrap();
+            }
+        }
+        let link = |target: &Path, name: &str, owner: u32| {
+            symlink(target, at(name)).unwrap();
+            if geteuid().is_root() {
+                std::os::unix::fs::lchown(at(name), Some(owner), None).unwrap();
+            }
+        };
+        link(Path::new("release"), "bobs/current", 1000);
+        link(&at("roots"), "bobs/logs", 1000);
+        link(Path::new("../../../../../../../etc"), "bobs/etc", 1000);
+        link(&at("bobs"), "to-bob", 0);
+        link(Path::new("loop"), "loop", 0);
+        let write = |name: &str| {
+            let way = way_to(&at(name))?;
+            std::fs::write(way.as_path(), "a line")
+        };
+        for fine in ["a", "new/er/a", "bobs/current/a", "to-bob/current/b", "roots/../a"] {
+            write(fine).unwrap();
+            assert_eq!(std::fs::read(at(fine)).unwrap(), b"a line", "{fine}");
+        }
+        assert!(write("a/b").is_err() && write("loop/a").is_err());
+        if geteuid().is_root() {
+            for planted in ["bobs/logs/a", "bobs/etc/a", "to-bob/logs/a", "bobs/logs/../a"] {
+                let error = write(planted).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{planted}: {error}");
+            }
+            assert_eq!(std::fs::read_dir(at("roots")).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn what_is_no_file_holds_nobody_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        mkfifo(&fifo, Mode::from_bits_truncate(0o600)).unwrap();
+        for path in [fifo.as_path(), dir.path(), Path::new("/dev/zero")] {
+            assert_eq!(open_regular(path).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{path:?}");
+        }
+    }
+
+    #[test]
+    fn root_sees_who_may_change_a_file() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ecosystem.toml");
+        std::fs::write(&file, "").unwrap();
+        let says = |dir_mode: u32, file_mode: u32, owner: u32| {
+            set_permissions(dir.path(), Permissions::from_mode(dir_mode)).unwrap();
+            set_permissions(&file, Permissions::from_mode(file_mode)).unwrap();
+            chown(&file, Some(owner), None).unwrap();
+            steered_by_everybody(&file).unwrap()
+        };
+        assert_eq!(says(0o755, 0o644, 0), None);
+        assert_eq!(says(0o755, 0o664, 1000), None, "a deploy user's own directory is that user's affair");
+        assert_eq!(says(0o755, 0o646, 0), Some("everybody may change it"));
+        assert_eq!(says(0o777, 0o644, 0), Some("everybody may replace it in its directory"));
+        assert_eq!(says(0o1777, 0o644, 0), None);
+        let planted = Some("another user has put it where everybody may write");
+        assert_eq!(says(0o1777, 0o644, 1000), planted);
+        let link = tempfile::tempdir().unwrap();
+        symlink(&file, link.path().join("link.toml")).unwrap();
+        assert_eq!(steered_by_everybody(&link.path().join("link.toml")).unwrap(), planted);
+        assert_eq!(steered_by_everybody(Path::new("/dev/null")).unwrap(), None);
+    }
+}
