@@ -56,7 +56,7 @@ fn measure(children: &[Child]) -> (Duration, Vec<Duration>, Vec<Duration>) {
         let id = InstanceId { app: app.clone(), slot: Slot(slot), generation: Generation(1) };
         instances.push((id, pid, stat.process.start_ticks));
         let main = ProcessId { pid, start_ticks: stat.process.start_ticks };
-        roots.push(Root { main, token: format!("bench:{slot}:1:0") });
+        roots.push(Root { main, token: format!("bench:{slot}:1:0"), group: None });
     }
     let keeper = i32::try_from(std::process::id()).expect("a pid");
     let mut sampler = Sampler::new();

@@ -13,11 +13,12 @@ use pm::config::error::ConfigError;
 use pm::config::file::{self, Argument};
 use pm::config::listen::TABLE_KEYS;
 use pm::config::overrides::{Overrides, command_line};
-use pm::config::probe;
 use pm::config::resolve::{Context, Resolved, resolve_file};
 use pm::config::schema::{FILE_KEYS, KEYS};
 use pm::config::template;
+use pm::config::{probe, process};
 use pm::model::id::AppName;
+use pm::model::process::{IoPriority, Rlimit};
 use pm::model::signal::Signal;
 use pm::model::spec::{
     AppSpec, Balance, Check, Dependency, ExecMode, KillMode, ListenAddress, OnFailure, Overflow, Runtime,
@@ -309,6 +310,41 @@ const EFFECTS: &[Effect] = &[
     ("log_date_format = 'HH:mm'\ntime = true", |_, s| s.logs.date_format.as_deref() == Some("HH:mm")),
     ("log_overflow = 'block'", |_, s| s.logs.overflow == Overflow::Block),
     ("stdin = 'null'", |_, s| s.stdin == Stdin::Null),
+    ("user = 'www-data'", |_, s| s.process.user.as_deref() == Some("www-data")),
+    ("uid = 33\ngid = '33'", |_, s| {
+        (s.process.user.as_deref(), s.process.group.as_deref()) == (Some("33"), Some("33"))
+    }),
+    ("group = 'adm'", |_, s| s.process.group.as_deref() == Some("adm")),
+    ("umask = '0027'", |_, s| s.process.umask == Some(0o27)),
+    ("nice = -5", |_, s| s.process.nice == Some(-5)),
+    ("ionice = 'idle'", |_, s| s.process.ionice == Some(IoPriority::Idle)),
+    ("cpu_affinity = '0-2,5'", |_, s| s.process.cpu_affinity == [0, 1, 2, 5]),
+    ("cpu_affinity = [3, 0]", |_, s| s.process.cpu_affinity == [0, 3]),
+    ("no_new_privs = true", |_, s| s.process.no_new_privs),
+    ("ambient_capabilities = ['CAP_KILL', 'net_bind_service']", |_, s| {
+        let bits = s.process.ambient_capabilities.iter().map(|capability| capability.bit());
+        bits.sum::<u64>() == 1 << 5 | 1 << 10
+    }),
+    (
+        "limits = { memory_max = '300M', memory_high = 1048576, cpu_max = 1.5, pids_max = 9, required = true }",
+        |_, s| {
+            let limits = s.process.limits;
+            (limits.memory_max, limits.memory_high) == (Some(300 << 20), Some(1 << 20))
+                && (limits.cpu_max, limits.pids_max, limits.required) == (Some(150), Some(9), true)
+                && limits.kills_together()
+        },
+    ),
+    (
+        "limits = { cpu_max = '25%', oom_group = false, nofile = 4096, core = 'unlimited', stack = '1M:2M', cpu = '1m' }",
+        |_, s| {
+            let range = |limit| s.process.rlimits.get(&limit).map(|range| (range.soft, range.hard));
+            (s.process.limits.cpu_max, s.process.limits.oom_group) == (Some(25), Some(false))
+                && range(Rlimit::Nofile) == Some((4096, 4096))
+                && range(Rlimit::Core) == Some((u64::MAX, u64::MAX))
+                && range(Rlimit::Stack) == Some((1 << 20, 2 << 20))
+                && range(Rlimit::Cpu) == Some((60, 60))
+        },
+    ),
 ];
 
 #[test]
@@ -348,6 +384,24 @@ fn mistakes_in_tables_say_what_would_work() {
         ("pre_start = []", "a hook needs a program to run"),
         ("pre_reload = { timeout = 5 }", "a hook needs `run`"),
         ("post_stop = { run = 'true', timout = 5 }", "did you mean `timeout`?"),
+        ("user = 'a b'", "is neither a name nor a number"),
+        ("user = ''", "must not be empty"),
+        ("umask = 22", "write \"022\""),
+        ("umask = '9'", "octal digits from \"000\" to \"777\""),
+        ("nice = 20", "out of range; allowed: -20 to 19"),
+        ("ionice = 'fast'", "expected \"idle\", \"best-effort\" or \"realtime\""),
+        ("cpu_affinity = '3-1'", "expected CPUs such as \"0-3,6\""),
+        ("ambient_capabilities = ['net_bind_servce']", "did you mean `net_bind_service`?"),
+        ("limits = '300M'", "expected a table such as { memory_max ="),
+        ("limits = { memory = '300M' }", "unknown key"),
+        ("limits = { memmory_max = '300M' }", "did you mean `memory_max`?"),
+        ("limits = { memory_max = 300 }", "allowed: 1M or more"),
+        ("limits = { memory_max = '1X' }", "X"),
+        ("limits = { memory_max = '1M', memory_high = '2M' }", "`memory_high` is above `memory_max`"),
+        ("limits = { cpu_max = 'half' }", "expected \"150%\" of one CPU"),
+        ("limits = { cpu_max = 0 }", "out of range; allowed: 1% to"),
+        ("limits = { nofile = 'many' }", "is no limit"),
+        ("limits = { nofile = '4096:1024' }", "is above the hard one"),
         ("depends_on = { db = 'up' }", "use \"ready\" or \"started\""),
         ("depends_on = ['all']", "cannot be the name of an app"),
         ("name = 'api'\ndepends_on = ['api']", "an app cannot depend on itself"),
@@ -912,6 +966,17 @@ fn the_reference_lists_every_key() {
         "docs/config.md",
         "<!-- probe keys: written by tests/config.rs -->\n",
         Some("<!-- end of probe keys -->"),
+        &format!("{table}\n"),
+    );
+
+    let mut table = String::from("\n| key | meaning |\n| --- | --- |\n");
+    for (key, meaning) in process::LIMIT_KEYS {
+        table += &format!("| `{key}` | {} |\n", cell(meaning));
+    }
+    keep_part(
+        "docs/config.md",
+        "<!-- keys of limits: written by tests/config.rs -->\n",
+        Some("<!-- end of keys of limits -->"),
         &format!("{table}\n"),
     );
 }

@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use pm::logs::{Attachment, LogEvent, LogHandle, Pipe, Target, spawn, tail};
+use pm::logs::{Attachment, Journal, LogEvent, LogHandle, Pipe, Target, spawn, tail};
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
+use pm::model::spec::Overflow;
 
 /// A pump, and the directory that it writes to.
 struct World {
@@ -41,7 +42,8 @@ pub(crate) fn log_framing(input: &[u8]) {
 impl World {
     fn new() -> Self {
         let (events_tx, events) = channel();
-        let logs = spawn(move |event| drop(events_tx.send(event))).expect("a pump");
+        let journal = Journal::private().expect("memory");
+        let logs = spawn(journal, move |event| drop(events_tx.send(event))).expect("a pump");
         Self { logs, events, dir: tempfile::tempdir().expect("a directory"), generation: 0 }
     }
 
@@ -62,7 +64,9 @@ impl World {
         }
         let (err, out) = (pipes.pop(), pipes.pop());
         let mark = if marked { "> ".to_owned() } else { String::new() };
-        let attachment = Attachment { id: id.clone(), out, err, stamp: None, mark, watch: None };
+        // Nothing may be dropped on a slow disk: each line is looked for.
+        let overflow = Overflow::Block;
+        let attachment = Attachment { id: id.clone(), out, err, stamp: None, overflow, mark, watch: None };
         self.logs.attach(attachment).expect("attached");
         let mut sent = [Vec::new(), Vec::new()];
         for (index, chunk) in bytes.chunks(step).enumerate() {

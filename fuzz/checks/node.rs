@@ -33,6 +33,9 @@ fn lines(stream: &[u8], step: usize) -> Vec<Vec<u8>> {
         loop {
             let (used, piece) = lines.first(&stream[at..arrived]);
             assert!(used <= arrived - at);
+            if piece == Piece::Long {
+                lines.keep(&stream[at..at + used]);
+            }
             at += used;
             match piece {
                 Piece::Line { bytes, length } => {
@@ -40,7 +43,7 @@ fn lines(stream: &[u8], step: usize) -> Vec<Vec<u8>> {
                     found.push(bytes.into_owned());
                 }
                 Piece::Skipped { .. } => found.push(b"too long".to_vec()),
-                Piece::Incomplete => break,
+                Piece::Incomplete | Piece::Long => break,
             }
         }
     }

@@ -244,6 +244,12 @@ pub struct AppOptions {
     /// Run in this directory [default: the current one]
     #[arg(long, value_name = "DIR")]
     pub cwd: Option<String>,
+    /// Run as this user, with the groups of `id USER` (daemons of root only) [default: who runs the daemon]
+    #[arg(long, visible_alias = "uid", value_name = "USER")]
+    pub user: Option<String>,
+    /// Run with this primary group [default: the user's]
+    #[arg(long, visible_alias = "gid", value_name = "GROUP")]
+    pub group: Option<String>,
     /// Run the script with this program; `none` executes it [default: by its extension]
     #[arg(long, value_name = "PROGRAM")]
     pub interpreter: Option<String>,

@@ -47,7 +47,7 @@ const TAIL_LINES: usize = 8;
 
 /// Of the caller's environment, what the daemon gets. Apps get theirs with each `start`; what is left over from the
 /// shell that happened to start the daemon (or from an app, when that called `pm`) would only mislead.
-const DAEMON_ENV: [&str; 12] = [
+const DAEMON_ENV: [&str; 13] = [
     "PATH",
     "HOME",
     "USER",
@@ -58,6 +58,7 @@ const DAEMON_ENV: [&str; 12] = [
     "TZ",
     "TMPDIR",
     "PM_LOG",
+    "PM_CGROUP_ROOT",
     "RUST_BACKTRACE",
     "XDG_RUNTIME_DIR",
 ];

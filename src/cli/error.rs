@@ -1,8 +1,9 @@
 //! Everything that can end a command early: text, cause, hint and exit code in one place.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use crate::config::words::quote;
 use crate::ipc::codec::CodecError;
 use crate::ipc::protocol::{Failure, Refused};
 use crate::store::container::NoPlace;
@@ -263,9 +264,10 @@ impl CliError {
             Self::NoDaemon { .. } => {
                 Some("`pm start FILE` starts the daemon, `pm resurrect` also the saved list.".to_owned())
             }
-            Self::NotYours { owner, .. } => {
-                Some(format!("Run `sudo -u {owner} pm ...`, or use a home of your own with --home."))
-            }
+            Self::NotYours { owner, home } => Some(format!(
+                "It is {owner}'s: run `sudo -u {owner} {}`, or use a home of your own with --home.",
+                command_for(home)
+            )),
             Self::NotResponding { home } => Some(silent::why(home).map_or_else(
                 || {
                     let log = home.join("pm.log");
@@ -338,6 +340,20 @@ impl CliError {
             _ => Self::Connect { path: home.sock(), source },
         }
     }
+}
+
+/// This very command, with the home named: sudo drops PM_HOME, and another user's default is another directory.
+fn command_for(home: &Path) -> String {
+    let mut words = vec!["pm".to_owned(), "--home".to_owned(), quote(&home.display().to_string())];
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        if arg == "--home" {
+            args.next();
+        } else if !arg.starts_with("--home=") {
+            words.push(quote(&arg));
+        }
+    }
+    words.join(" ")
 }
 
 fn owner_of(home: &Home) -> String {

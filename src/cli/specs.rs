@@ -12,6 +12,7 @@ use crate::config::error::{ConfigError, quoted};
 use crate::config::file::{self, Argument};
 use crate::config::listen::{BadAddress, ListenText};
 use crate::config::overrides::{self, Overrides};
+use crate::config::process::is_account;
 use crate::config::resolve::{self, Resolved};
 use crate::config::{paths, units, words};
 use crate::ipc::protocol::Request;
@@ -61,6 +62,8 @@ impl Wishes {
             instances: parsed::<Instances>("--instances", app.instances.as_deref())?,
             exec_mode: app.execute_command.then_some(ExecMode::Fork),
             cwd: app.cwd.clone(),
+            user: account("--user", app.user.as_deref())?,
+            group: account("--group", app.group.as_deref())?,
             interpreter: app.interpreter.clone(),
             interpreter_args: interpreter_args.transpose()?,
             args: (!args.is_empty()).then(|| args.to_vec()),
@@ -122,6 +125,8 @@ impl Wishes {
             instances,
             exec_mode,
             cwd,
+            user,
+            group,
             interpreter,
             interpreter_args,
             args,
@@ -155,6 +160,9 @@ impl Wishes {
         take(&mut spec.command.interpreter_args, &new.command.interpreter_args, interpreter_args.is_some());
         take(&mut spec.namespace, &new.namespace, namespace.is_some());
         take(&mut spec.cwd, &new.cwd, cwd.is_some());
+        take(&mut spec.process.user, &new.process.user, user.is_some());
+        // The group of another user is not this one's.
+        take(&mut spec.process.group, &new.process.group, user.is_some() || group.is_some());
         take(&mut spec.listen, &new.listen, !listen.is_empty());
         take(&mut spec.instances, &new.instances, instances.is_some());
         // A number or an address makes an app a cluster, unless it was several forks by its own wish.
@@ -328,6 +336,13 @@ fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(
     text: Option<&str>,
 ) -> Result<Option<T>, CliError> {
     text.map(|text| text.parse().map_err(|error: T::Err| bad(option, text, &error.to_string()))).transpose()
+}
+
+fn account(option: &str, text: Option<&str>) -> Result<Option<String>, CliError> {
+    match text {
+        Some(text) if !is_account(text) => Err(bad(option, text, "expected a name or a number")),
+        text => Ok(text.map(str::to_owned)),
+    }
 }
 
 fn bad(option: &str, text: &str, why: &str) -> CliError {

@@ -6,11 +6,17 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use crate::sys::cgroup::root::LEAF;
+
 /// The first line of every unit that `pm startup` wrote.
 pub const MARK: &str = "# Written by `pm startup`";
 
 /// The oldest systemd that can run the unit: EXTEND_TIMEOUT_USEC is of 236.
 pub const OLDEST: u32 = 236;
+
+/// Since this version systemd puts a main process into a group below the unit's; before, the unit's own group has to be
+/// free to take one.
+pub const KNOWS_SUBGROUPS: u32 = 254;
 
 /// Which service manager runs the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +100,10 @@ impl Unit {
             line("RestartMaxDelaySec=5s");
         }
         line("Delegate=yes");
+        if self.version >= KNOWS_SUBGROUPS {
+            line("# No process may be in a group that is divided for the apps.");
+            line(&format!("DelegateSubgroup={LEAF}"));
+        }
         line("TasksMax=infinity");
         if self.version >= 243 {
             line("# One app that runs out of memory is one app.");
@@ -175,6 +185,7 @@ mod tests {
         let text = |version| unit(Scope::System, version).text();
         assert!(!text(239).contains("OOMPolicy") && !text(239).contains("RestartSteps"));
         assert!(has(&text(252), "OOMPolicy=continue") && !text(252).contains("RestartSteps"));
+        assert!(has(&text(254), "DelegateSubgroup=_daemon") && !text(253).contains("DelegateSubgroup"));
         assert!(has(&text(257), "RestartSteps=6") && has(&text(257), "RestartMaxDelaySec=5s"));
         for text in [text(239), text(252), text(257)] {
             assert!(text.starts_with(MARK));

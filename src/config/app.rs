@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::error::{At, Place};
 use super::listen::ListenConfig;
+use super::process::Limits;
+use crate::model::process::{Capability, IoPriority};
 use crate::model::signal::Signal;
 use crate::model::spec::{
     Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Overflow, Probe, Share, Stdin, StopMethod,
@@ -125,6 +127,15 @@ pub struct AppConfig {
     pub max_draining: Option<u32>,
     pub reserve: Option<bool>,
     pub drain_websockets: Option<bool>,
+    pub user: Option<At<String>>,
+    pub group: Option<At<String>>,
+    pub umask: Option<u32>,
+    pub nice: Option<i32>,
+    pub ionice: Option<IoPriority>,
+    pub cpu_affinity: Option<Vec<u32>>,
+    pub no_new_privs: Option<bool>,
+    pub ambient_capabilities: Option<Vec<Capability>>,
+    pub limits: Option<Limits>,
 }
 
 impl AppConfig {
@@ -192,6 +203,15 @@ impl AppConfig {
             max_draining: None,
             reserve: None,
             drain_websockets: None,
+            user: None,
+            group: None,
+            umask: None,
+            nice: None,
+            ionice: None,
+            cpu_affinity: None,
+            no_new_privs: None,
+            ambient_capabilities: None,
+            limits: None,
         }
     }
 

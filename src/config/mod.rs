@@ -17,6 +17,7 @@ pub mod listen;
 pub mod overrides;
 pub mod paths;
 pub mod probe;
+pub mod process;
 pub mod resolve;
 pub mod schema;
 mod secrets;

@@ -24,6 +24,10 @@ pub struct Overrides {
     pub exec_mode: Option<ExecMode>,
     /// `--cwd`
     pub cwd: Option<String>,
+    /// `--user`, `--uid`
+    pub user: Option<String>,
+    /// `--group`, `--gid`
+    pub group: Option<String>,
     /// `--interpreter`
     pub interpreter: Option<String>,
     /// `--interpreter-args`, `--node-args`, split into words.
@@ -78,6 +82,8 @@ impl Overrides {
         lay_at(&mut app.instances, self.instances.as_ref(), "--instances");
         lay_at(&mut app.exec_mode, self.exec_mode.as_ref(), "--execute-command");
         lay_at(&mut app.cwd, self.cwd.as_ref(), "--cwd");
+        lay_at(&mut app.user, self.user.as_ref(), "--user");
+        lay_at(&mut app.group, self.group.as_ref(), "--group");
         lay_at(&mut app.interpreter, self.interpreter.as_ref(), "--interpreter");
         lay_at(&mut app.interpreter_args, self.interpreter_args.as_ref(), "--interpreter-args");
         lay_at(&mut app.args, self.args.as_ref(), "--");

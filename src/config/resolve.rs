@@ -12,7 +12,7 @@ use super::app::{AppConfig, Instances, Variables};
 use super::error::{At, ConfigError, Place, Problem, Source, quoted};
 use super::file::File;
 use super::overrides::Overrides;
-use super::{balance, command, depends, listen, paths};
+use super::{balance, command, depends, listen, paths, process};
 use crate::model::id::AppName;
 use crate::model::spec::{
     AppSpec, Balance, Check, CommandSpec, Dependency, EnvSpec, ExecMode, Hooks, ListenSpec, LogRules, Origin,
@@ -271,6 +271,7 @@ pub(super) fn resolve(
         agent: app.agent.unwrap_or(true),
         stdin: app.stdin.unwrap_or(Stdin::Pipe),
         autostart: app.autostart.unwrap_or(true),
+        process: process::rules(app),
         cwd,
     };
     spec.balance = app.balance.as_ref().map_or_else(

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::app::{AppConfig, INSTANCES_MAX, Instances, Variables};
 use super::error::{At, Place, Problem, quoted};
 use super::value::Value;
-use super::{listen, probe, unknown};
+use super::{listen, probe, process, unknown};
 use crate::model::signal::Signal;
 use crate::model::spec::{
     Balance, Dependency, ExecMode, Hook, KillMode, OnFailure, Overflow, Share, Stdin, StopMethod, Strategy,
@@ -82,7 +82,7 @@ macro_rules! set {
 }
 
 /// Every key, in the order of the documentation.
-pub static KEYS: [Key; 58] = [
+pub static KEYS: [Key; 68] = [
     Key {
         name: "name",
         aliases: &[],
@@ -472,6 +472,87 @@ pub static KEYS: [Key; 58] = [
         example: "\"./page-somebody\"",
         meaning: "Run when the app has become `errored`: pm has given up starting it.",
         read: set!(on_errored, v => read_hook(v)?),
+    },
+    Key {
+        name: "user",
+        aliases: &["uid"],
+        takes: "name or number",
+        default: "who runs the daemon",
+        example: "\"www-data\"",
+        meaning: "Who the processes run as, with the groups of `id USER` and that user's HOME, USER, LOGNAME and SHELL; needs a daemon of root.",
+        read: set!(user, v => v.at(process::read_account(v)?)),
+    },
+    Key {
+        name: "group",
+        aliases: &["gid"],
+        takes: "name or number",
+        default: "the user's",
+        example: "\"www-data\"",
+        meaning: "The primary group.",
+        read: set!(group, v => v.at(process::read_account(v)?)),
+    },
+    Key {
+        name: "limits",
+        aliases: &[],
+        takes: "table; see below",
+        default: "{}",
+        example: "{ memory_max = \"300M\", nofile = 4096 }",
+        meaning: "What an instance may use: memory, CPU and processes of all of it together (control groups), and what each process may (docs/limits.md).",
+        read: set!(limits, v => process::read_limits(v)?),
+    },
+    Key {
+        name: "nice",
+        aliases: &[],
+        takes: "number, -20 to 19",
+        default: "as the daemon was started",
+        example: "10",
+        meaning: "Order at the CPU: 19 comes last; below 0 needs a daemon of root.",
+        read: set!(nice, v => i32::try_from(v.integer(-20..=19)?).map_err(|_| v.problem("this is out of range"))?),
+    },
+    Key {
+        name: "ionice",
+        aliases: &[],
+        takes: "\"idle\", \"best-effort:0\" to \"best-effort:7\", \"realtime:0\" to \"realtime:7\"",
+        default: "by `nice`",
+        example: "\"best-effort:6\"",
+        meaning: "Order at the disk: 0 comes first, idle last.",
+        read: set!(ionice, v => process::read_io_priority(v)?),
+    },
+    Key {
+        name: "cpu_affinity",
+        aliases: &[],
+        takes: "CPUs: \"0-3,6\", 0 or [0, 2]",
+        default: "as the daemon was started",
+        example: "\"0\"",
+        meaning: "The CPUs that the processes may run on.",
+        read: set!(cpu_affinity, v => process::read_cpus(v)?),
+    },
+    Key {
+        name: "umask",
+        aliases: &[],
+        takes: "octal digits in quotes",
+        default: "as the daemon was started",
+        example: "\"0027\"",
+        meaning: "What is taken away from the mode of files that the app creates.",
+        read: set!(umask, v => process::read_umask(v)?),
+    },
+    Key {
+        name: "no_new_privs",
+        aliases: &[],
+        takes: "boolean",
+        default: "false",
+        example: "true",
+        meaning: "No program that the app starts gains rights: sudo and other set-user-ID programs do nothing for it.",
+        read: set!(no_new_privs, v => v.boolean()?),
+    },
+    Key {
+        name: "ambient_capabilities",
+        aliases: &[],
+        takes: "array of names (capabilities(7)), with or without CAP_",
+        default: "[]",
+        example: "[\"net_bind_service\"]",
+        meaning: "Rights of root that the app has as another user: net_bind_service is for ports below 1024.",
+        read: set!(ambient_capabilities, v => process::read_capabilities(v)?),
     },
     Key {
         name: "depends_on",

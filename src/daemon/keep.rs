@@ -2,8 +2,8 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::foreground;
@@ -12,6 +12,7 @@ use crate::keeper::link::Inventory;
 use crate::keeper::run::{self, Config, Resumed};
 use crate::store::paths::Home;
 use crate::sys::cgroup;
+use crate::sys::cgroup::root::{ROOT_VARIABLE, Root};
 use crate::sys::lock::{self, LockError};
 use crate::sys::notify::{self, Notifier};
 
@@ -43,6 +44,14 @@ pub fn keep(home: &Home, detached: bool, resume: Option<i32>) -> ExitCode {
     };
     if let Err(error) = home.create() {
         return fail(USAGE, &error);
+    }
+    // Before there is a child that would have to come along.
+    let named = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+    match Root::claim(named.as_deref()) {
+        Ok(_) => {}
+        // After an upgrade there are apps, which have theirs.
+        Err(error) if resumed.is_some() => say(&format!("warning: {error}")),
+        Err(error) => return fail(USAGE, &error),
     }
     let manager = std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty());
     let mut lock = None;

@@ -261,6 +261,8 @@ impl Children {
             oom_score_adj: command.oom_score_adj.or(originals.oom_score_adj),
             die_with_us: false,
             limits: &limits,
+            confinement: &command.confinement,
+            cgroup: Some(command.cgroup).filter(|dir| !dir.is_empty()),
             fds: &child_fds,
         })?;
         if self.children.contains_key(&started.pid) {

@@ -31,7 +31,7 @@ use crate::sys::clock::{self, Moment};
 use crate::sys::notify::{LEAVE_SIGNAL, Notifier};
 use crate::sys::pidfd;
 use crate::sys::poll::{self, Interest, Signals};
-use crate::sys::spawn::{self, Outcome, Program, Report, Target};
+use crate::sys::spawn::{self, Confinement, Outcome, Program, Report, Target};
 use crate::sys::{exec, fdpass, limits, pipe};
 
 /// How to run a keeper.
@@ -466,6 +466,8 @@ impl Keeper {
             cwd: None,
             credentials: None,
             umask: None,
+            confinement: &Confinement::NONE,
+            cgroup: None,
             oom_score_adj: None,
             die_with_us: false,
             limits: &[],

@@ -33,9 +33,9 @@ use self::codec::{Reader, Writer};
 pub use self::upgrade::{Upgrade, UpgradeState};
 use crate::sys::child::WaitStatus;
 use crate::sys::limits::Limit;
-use crate::sys::spawn::{Credentials, Failure, Stage};
+use crate::sys::spawn::{Confinement, Credentials, Failure, Stage};
 
-/// The version this build speaks: 2 knows upgrades.
+/// The version this build speaks: 2 knows upgrades, control groups, order and rights.
 pub const VERSION: u16 = 2;
 /// The longest frame in bytes.
 pub const FRAME_MAX: usize = 32 * 1024;
@@ -317,6 +317,10 @@ pub struct Command {
     pub oom_score_adj: Option<i32>,
     /// Further resource limits. That on open descriptors is the original one unless it is listed.
     pub limits: Vec<Limit>,
+    /// Its order and its rights. A keeper of version 1 ignores this and what follows.
+    pub confinement: Confinement,
+    /// The directory of its control group; empty is the keeper's own group.
+    pub cgroup: CString,
 }
 
 /// A [`Command`] that borrows from its encoded form.
@@ -340,6 +344,10 @@ pub struct CommandView<'a> {
     pub oom_score_adj: Option<i32>,
     /// Further resource limits.
     pub limits: Vec<Limit>,
+    /// Its order and its rights.
+    pub confinement: Confinement,
+    /// The directory of its control group; empty is the keeper's own group.
+    pub cgroup: &'a CStr,
 }
 
 /// Why bytes are no frame.
@@ -708,6 +716,8 @@ impl Command {
             w.u64(limit.hard);
             Ok(())
         })?;
+        write_confinement(&self.confinement, &mut w)?;
+        w.text(&self.cgroup);
         w.command()
     }
 }
@@ -719,7 +729,7 @@ impl<'a> CommandView<'a> {
     /// [`WireError`]; never panics, whatever the bytes.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, WireError> {
         let mut r = Reader::new(bytes);
-        Ok(Self {
+        let mut view = Self {
             program: r.c_text()?,
             args: r.list(Reader::c_text)?,
             env: r.list(Reader::c_text)?,
@@ -730,7 +740,15 @@ impl<'a> CommandView<'a> {
             umask: r.option(Reader::u32)?,
             oom_score_adj: r.option(Reader::i32)?,
             limits: r.list(|r| Ok(Limit { resource: r.u32()?, soft: r.u64()?, hard: r.u64()? }))?,
-        })
+            confinement: Confinement::NONE,
+            cgroup: c"",
+        };
+        // A supervisor of version 1 ends here.
+        if !r.is_empty() {
+            view.confinement = read_confinement(&mut r)?;
+            view.cgroup = r.c_text()?;
+        }
+        Ok(view)
     }
 
     /// A copy that borrows nothing.
@@ -747,8 +765,43 @@ impl<'a> CommandView<'a> {
             umask: self.umask,
             oom_score_adj: self.oom_score_adj,
             limits: self.limits.clone(),
+            confinement: self.confinement.clone(),
+            cgroup: self.cgroup.to_owned(),
         }
     }
+}
+
+/// A record of its own, so that more can be appended to it.
+fn write_confinement(confinement: &Confinement, w: &mut Writer) -> Result<(), WireError> {
+    let Confinement { nice, io_priority, cpus, no_new_privs, ambient } = confinement;
+    w.record(|w| {
+        w.option(nice.as_ref(), |w, &nice| {
+            w.i32(nice);
+            Ok(())
+        })?;
+        w.option(io_priority.as_ref(), |w, &priority| {
+            w.u16(priority);
+            Ok(())
+        })?;
+        w.list(cpus, |w, &cpu| {
+            w.u32(cpu);
+            Ok(())
+        })?;
+        w.u8(u8::from(*no_new_privs));
+        w.u64(*ambient);
+        Ok(())
+    })
+}
+
+fn read_confinement(r: &mut Reader<'_>) -> Result<Confinement, WireError> {
+    let mut r = r.record()?;
+    Ok(Confinement {
+        nice: r.option(Reader::i32)?,
+        io_priority: r.option(Reader::u16)?,
+        cpus: r.list(Reader::u32)?,
+        no_new_privs: r.u8()? != 0,
+        ambient: r.u64()?,
+    })
 }
 
 /// How many bytes a child takes in a frame, at most.

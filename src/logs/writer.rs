@@ -23,6 +23,7 @@ use nix::unistd::{Gid, Uid, fchown};
 use super::journal::{Destination, Journal, Lines, Piece, StreamKey};
 use crate::model::spec::Overflow;
 use crate::sys::guarded::{self, Way};
+use crate::sys::peer;
 
 /// Log files are readable by their group, not by the world.
 const MODE: u32 = 0o640;
@@ -452,6 +453,20 @@ pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
     let meta = file.metadata()?;
     if meta.file_type().is_block_device() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a block device is no log file"));
+    }
+    if let Some(Owner { uid, gid }) = owner
+        && meta.is_file()
+    {
+        if meta.nlink() > 1 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a file with several names is no log file of this user",
+            ));
+        }
+        // Ours from the time before the app had a user.
+        if meta.uid() != uid && meta.uid() == peer::own_uid() {
+            fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
     }
     let identity = meta.file_type().is_file().then(|| (meta.dev(), meta.ino()));
     Ok(Open { file, identity })

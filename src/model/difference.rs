@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::moment::spelled;
+use super::process::{ProcessRules, cpu_list};
 use super::spec::{
     AppSpec, Check, CommandSpec, EnvSpec, Hook, Hooks, LogRules, Probe, ReadyRules, ReloadRules,
     RestartRules, StopRules,
@@ -130,6 +131,19 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
         agent,
         stdin,
         autostart,
+        process:
+            ProcessRules {
+                user,
+                group,
+                umask,
+                nice,
+                ionice,
+                cpu_affinity,
+                no_new_privs,
+                ambient_capabilities,
+                limits,
+                rlimits,
+            },
     } = spec;
     let mut list = List(Vec::new());
 
@@ -197,6 +211,21 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("log_date_format", Rule, date_format.clone());
     list.set("log_overflow", Rule, Some(overflow.to_string()));
     list.set("stdin", Process, Some(stdin.to_string()));
+    list.set("user", Process, user.clone());
+    list.set("group", Process, group.clone());
+    list.set("umask", Process, umask.map(|mask| format!("{mask:04o}")));
+    list.set("nice", Process, nice.map(|nice| nice.to_string()));
+    list.set("ionice", Process, ionice.map(|order| order.to_string()));
+    list.set("cpu_affinity", Process, (!cpu_affinity.is_empty()).then(|| cpu_list(cpu_affinity)));
+    list.set("no_new_privs", Process, yes(*no_new_privs));
+    list.set("ambient_capabilities", Process, joined(ambient_capabilities.iter()));
+    for (key, value, _) in limits.set() {
+        list.set(&format!("limits.{key}"), Process, Some(value));
+    }
+    list.set("limits.required", Process, limits.required.then(|| "true".to_owned()));
+    for (limit, range) in rlimits {
+        list.set(&format!("limits.{}", limit.as_str()), Process, Some(range.show(limit.unit())));
+    }
     for (key, hook) in [
         ("pre_start", pre_start),
         ("pre_reload", pre_reload),

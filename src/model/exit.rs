@@ -41,7 +41,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "{signal}"),
-            Self::Oom => f.write_str("out of memory"),
+            Self::Oom => f.write_str("oom-killed (out of memory)"),
             Self::NotReady => f.write_str("not ready in time"),
             Self::Health => f.write_str("failed health check"),
             Self::NotStarted(text) => write!(f, "not started: {text}"),

@@ -11,6 +11,7 @@ pub mod foreground;
 pub mod id;
 pub mod mask;
 pub mod moment;
+pub mod process;
 pub mod saved;
 pub mod signal;
 pub mod spec;

@@ -13,6 +13,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::id::AppName;
+use super::process::ProcessRules;
 use super::signal::Signal;
 
 /// Everything there is to know about an app before it runs.
@@ -63,6 +64,9 @@ pub struct AppSpec {
     pub stdin: Stdin,
     /// Whether `start` and boot start it; an app with `autostart = false` is listed as stopped until started by name.
     pub autostart: bool,
+    /// Who its processes are and what they may use.
+    #[serde(default)]
+    pub process: ProcessRules,
 }
 
 impl AppSpec {
@@ -91,6 +95,7 @@ impl AppSpec {
             agent: true,
             stdin: Stdin::Pipe,
             autostart: true,
+            process: ProcessRules::default(),
         }
     }
 

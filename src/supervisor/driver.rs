@@ -1365,6 +1365,7 @@ const fn needs_the_keeper(request: &Request) -> bool {
         | Request::Scale { .. }
         | Request::Resurrect
         | Request::Ping
+        | Request::Upgrade { .. }
         | Request::Kill => true,
         Request::Apply { act, .. } => *act,
         Request::List { .. }
@@ -1373,9 +1374,11 @@ const fn needs_the_keeper(request: &Request) -> bool {
         | Request::EnvDiff { .. }
         | Request::Env { .. }
         | Request::LimitStarts { .. }
+        | Request::ShowEnv { .. }
         | Request::PlanReload { .. }
         | Request::Reset { .. }
         | Request::Save
+        | Request::UpgradeOutcome { .. }
         | Request::Outcome { .. } => false,
     }
 }

@@ -256,7 +256,7 @@ impl Front {
             .collect::<io::Result<_>>()?;
         let cwd = text(self.settings.cwd.clone().into_os_string().into_vec())?;
         // This very build, whatever lies under its name by now.
-        Ok(Question { program: c"/proc/self/exe".to_owned(), args, env, cwd })
+        Ok(Question { program: c"/proc/self/exe".to_owned(), args, env, cwd, credentials: None })
     }
 }
 

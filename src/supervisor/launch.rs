@@ -11,11 +11,13 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use super::rights::{self, RightsError};
 use crate::model::id::{Generation, InstanceId, PmId, Slot};
 use crate::model::saved::{StartedFile, StartedFrom};
 use crate::model::spec::{AppSpec, ListenSpec};
 use crate::store::env_file;
 use crate::store::environment::{self, OwnVariables};
+use crate::sys::users::Account;
 
 /// The first descriptor after stdin, stdout and stderr (`SD_LISTEN_FDS_START`).
 pub(super) const FIRST_FD: usize = 3;
@@ -73,6 +75,9 @@ pub enum LaunchError {
     /// An env file cannot be read.
     #[error("{}", with_cause(.0))]
     EnvFile(env_file::ReadError),
+    /// It cannot run as whom it is to.
+    #[error(transparent)]
+    Rights(#[from] RightsError),
 }
 
 /// An error and what is below it, in one line.
@@ -211,6 +216,7 @@ pub fn check(spec: &AppSpec, shell: &BTreeMap<String, String>) -> Result<(), Lau
     let id = InstanceId { app: spec.name.clone(), slot: Slot(0), generation: Generation(0) };
     let role =
         Role { id: &id, pm_id: PmId(0), token: "", worker: None, notify: None, agent: Path::new("agent") };
+    rights::account_of(&spec.process)?;
     launch(spec, shell, &role).map(drop)
 }
 
@@ -281,6 +287,22 @@ fn environment_of(
     let InstanceId { slot, generation, .. } = *role.id;
     let own = OwnVariables { slot, pm_id: role.pm_id, generation, token: role.token };
     let mut env = environment::instance_environment(spec, shell, &files, &own);
+    if let Ok(Some(Account { entry: Some(entry), .. })) = rights::account_of(&spec.process) {
+        // Those of the shell are of another user.
+        let path = |path: PathBuf| path.to_string_lossy().into_owned();
+        let login = [
+            ("HOME", path(entry.home)),
+            ("USER", entry.name.clone()),
+            ("LOGNAME", entry.name),
+            ("SHELL", path(entry.shell)),
+        ];
+        for (name, value) in login {
+            if !spec.env.vars.contains_key(name) && !files.iter().any(|(known, _)| known == name) {
+                env.retain(|(known, _)| known != name);
+                env.push((name.to_owned(), value));
+            }
+        }
+    }
     let is_set = spec.env.vars.contains_key(CREDENTIALS) || files.iter().any(|(name, _)| name == CREDENTIALS);
     if !is_set && let Ok(directory) = std::env::var(CREDENTIALS) {
         // The caller's shell may have run in another unit.

@@ -21,10 +21,12 @@ use tokio::task::AbortHandle;
 
 use super::driver::Input;
 use super::launch;
+use super::rights;
 use super::variables::Variables;
 use crate::model::address::{self, Place};
 use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, spelled};
+use crate::model::process::ProcessRules;
 use crate::model::spec::{Check, Probe};
 use crate::policy::vocabulary::{ProbeResult, ProbeRole};
 use crate::sys::clock;
@@ -54,6 +56,8 @@ pub struct Subject {
     pub cwd: PathBuf,
     /// Its main process.
     pub pid: Option<u32>,
+    /// What it may.
+    pub process: ProcessRules,
 }
 
 /// What an instance answered.
@@ -329,6 +333,9 @@ fn question(subject: &Subject, argv: &[String]) -> Result<Question, String> {
         args: argv.iter().map(|word| text(word.clone().into_bytes())).collect::<Result<_, _>>()?,
         env,
         cwd: text(subject.cwd.clone().into_os_string().into_encoded_bytes())?,
+        credentials: rights::account_of(&subject.process)
+            .map_err(|error| error.to_string())?
+            .map(|account| account.credentials),
     })
 }
 

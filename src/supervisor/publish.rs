@@ -82,6 +82,10 @@ pub struct SlotInfo {
     pub probe: Option<Heard>,
     /// Messages of the current run that were too long to be read.
     pub skipped_lines: u64,
+    /// Limits that are not enforced here, and why.
+    pub not_enforced: Vec<String>,
+    /// The control group of the current run.
+    pub cgroup: Option<PathBuf>,
 }
 
 impl SlotInfo {
@@ -471,5 +475,7 @@ fn notes(slot: &SlotInfo) -> Vec<String> {
              slow; log_overflow = \"block\" would let it wait"
         ));
     }
+    notes.extend(slot.not_enforced.iter().cloned());
+    notes.extend(slot.cgroup.iter().map(|dir| format!("control group {}", dir.display())));
     notes
 }

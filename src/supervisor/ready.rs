@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::lchown;
 use std::os::unix::net::{SocketAddr, UnixDatagram as StdDatagram};
 use std::path::{Path, PathBuf};
 
@@ -17,6 +18,7 @@ use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
 use super::driver::Input;
+use crate::logs::writer::Owner;
 use crate::model::id::{Generation, InstanceId, PmId};
 use crate::sys::pipe::peek_pipe;
 use crate::sys::{peer, watch};
@@ -43,11 +45,16 @@ pub fn notify_path(dir: &Path, pm_id: PmId, generation: Generation) -> Option<Pa
     (path.as_os_str().len() <= SOCKET_PATH_MAX).then_some(path)
 }
 
-/// Binds a socket in `dir`, or an abstract one where the path would be too long for the kernel.
+/// Binds a socket in `dir` that belongs to `owner`, or an abstract one where the path would be too long for the kernel.
 ///
 /// # Errors
 /// As bind(2).
-pub fn bind_notify(dir: &Path, pm_id: PmId, generation: Generation) -> io::Result<NotifySocket> {
+pub fn bind_notify(
+    dir: &Path,
+    pm_id: PmId,
+    generation: Generation,
+    owner: Option<Owner>,
+) -> io::Result<NotifySocket> {
     let socket;
     let name;
     if let Some(path) = notify_path(dir, pm_id, generation) {
@@ -58,6 +65,10 @@ pub fn bind_notify(dir: &Path, pm_id: PmId, generation: Generation) -> io::Resul
             Err(error) => return Err(error),
         }
         socket = StdDatagram::bind(&path)?;
+        if let Some(Owner { uid, gid }) = owner {
+            // Only who may write to it may send to it.
+            lchown(&path, Some(uid), Some(gid))?;
+        }
         name = path.display().to_string();
     } else {
         let abstract_name = format!("pm-{}-{pm_id}.{generation}", std::process::id());
@@ -193,7 +204,7 @@ mod tests {
     #[tokio::test]
     async fn another_user_cannot_say_ready_where_the_name_of_the_socket_is_open_to_all() {
         let long = Path::new("/").join("x".repeat(200));
-        let NotifySocket { socket, name } = bind_notify(&long, PmId(0), Generation(1)).unwrap();
+        let NotifySocket { socket, name } = bind_notify(&long, PmId(0), Generation(1), None).unwrap();
         let name = name.strip_prefix('@').unwrap();
         let (inputs, mut heard) = unbounded_channel();
         let _ear = listen_notify(id(), socket, inputs).unwrap();

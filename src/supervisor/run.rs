@@ -41,6 +41,7 @@ use crate::policy::fleet::{Fleet, Settings};
 use crate::store::events::FILE_MAX;
 use crate::store::paths::{Home, user_name};
 use crate::store::state::{Loaded, StateError, StateStore};
+use crate::sys::cgroup::root::{ROOT_VARIABLE, Root};
 use crate::sys::{clock, limits, memory, orphans, peer, poll};
 use crate::{dispatch, logs, node};
 
@@ -192,6 +193,8 @@ where
         inputs: inputs_tx.clone(),
         link,
         blob,
+        cgroup: cgroup_of_daemon(&mut warnings),
+        keeper_version: hello.version,
         console: foreground
             .as_ref()
             .map(foreground::console)
@@ -340,6 +343,16 @@ fn end_orphans(home: &Home, saved: &SavedFleet) -> Option<String> {
             None
         }
     }
+}
+
+/// The control group that the keeper has made ours. One that cannot be used after all is said and done without.
+fn cgroup_of_daemon(warnings: &mut Vec<String>) -> Option<Root> {
+    let named = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+    Root::of_daemon(named.as_deref()).unwrap_or_else(|error| {
+        let cause = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        warnings.push(format!("instances have no control groups: {error}{cause}"));
+        None
+    })
 }
 
 fn sink<T: Send + 'static>(

@@ -9,10 +9,17 @@ use serde::{Deserialize, Serialize};
 
 use super::fnv;
 use crate::model::id::{InstanceId, PmId};
+use crate::sys::cgroup::group::GROUP_PREFIX;
 
 /// Tells the runs of one home from those of every other: half of each nonce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HomeMark(u32);
+
+impl fmt::Display for HomeMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}", self.0)
+    }
+}
 
 impl HomeMark {
     /// The mark of the home in this directory, by whatever path it is reached.
@@ -26,7 +33,17 @@ impl HomeMark {
     /// Whether a token is that of a run of this home.
     #[must_use]
     pub fn made(self, token: &str) -> bool {
-        let nonce = token.rsplit(':').next().filter(|nonce| nonce.len() == 16);
+        self.is_in(token.rsplit(':').next())
+    }
+
+    /// Whether a control group is that of a run of this home.
+    #[must_use]
+    pub fn made_group(self, name: &str) -> bool {
+        self.is_in(name.rsplit('-').next())
+    }
+
+    fn is_in(self, nonce: Option<&str>) -> bool {
+        let nonce = nonce.filter(|nonce| nonce.len() == 16);
         let nonce = nonce.and_then(|nonce| u64::from_str_radix(nonce, 16).ok());
         nonce.is_some_and(|nonce| halves(nonce)[0] == self.0)
     }
@@ -102,6 +119,13 @@ impl Tag {
     pub fn token(&self) -> String {
         let InstanceId { app, slot, generation } = &self.id;
         format!("{app}:{slot}:{generation}:{}", self.nonce)
+    }
+
+    /// The name of its control group.
+    #[must_use]
+    pub fn group_name(&self) -> String {
+        let InstanceId { app, slot, generation } = &self.id;
+        format!("{GROUP_PREFIX}{}-{slot}-{generation}-{}", app.file_stem(), self.nonce)
     }
 
     /// The keeper's name for one of the run's descriptors.

@@ -30,7 +30,7 @@ use crate::keeper::link::{Inventory, LinkError};
 use crate::logs::pump::LogHandle;
 use crate::store::paths::Home;
 use crate::sys::child::{self, Zombie};
-use crate::sys::spawn::{self, Program, Target};
+use crate::sys::spawn::{self, Confinement, Program, Target};
 use crate::sys::{exec, notify, peer, pipe, watch};
 
 /// Whether somebody watches over the keeper.
@@ -186,6 +186,8 @@ fn try_start_keeper(home: &Home, attended: Attended, estate: &Inventory) -> io::
         cwd: Some(c"/"),
         credentials: None,
         umask: None,
+        confinement: &Confinement::NONE,
+        cgroup: None,
         oom_score_adj: Some(estate.hello.oom_score_adj),
         limits: &[estate.hello.open_files],
         die_with_us: false,

@@ -3,6 +3,7 @@
 //! Decides nothing. Every descriptor that must outlive this supervisor is at the keeper before anybody can use it.
 
 pub mod adopt;
+mod groups;
 mod hooks;
 mod probes;
 mod start;
@@ -27,7 +28,9 @@ use super::launch::{self, FIRST_FD};
 use super::listeners::{self, Listeners};
 use super::operations::Operations;
 use super::outcome::Witness;
+use super::outside::Outside;
 use super::publish::{Inside, SlotInfo};
+use super::rights;
 use super::steering::{self, Steering};
 use super::tag::{Held, HomeMark, Tag};
 use super::variables::Variables;
@@ -40,23 +43,23 @@ use crate::keeper::wire::{FromKeeper, HeldFds, Hello, ToKeeper};
 use crate::logs::console::Console;
 use crate::logs::naming::{is_merged, log_paths};
 use crate::logs::pump::{LogEvent, LogHandle};
-use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, OpId, PmId};
 use crate::model::moment::{Moment, millis};
 use crate::model::saved::StartedFrom;
-use crate::model::signal::Signal;
 use crate::model::spec::AppSpec;
 use crate::node::messages::{common_key, split_slot_key};
 use crate::policy::fleet::{AppView, Fleet};
 use crate::policy::vocabulary::{Action, Event, HookEnd, IdleConnections, RequestsInFlight, Retry, SlotView};
 use crate::store::paths::Home;
 use crate::store::state::Shell;
-use crate::sys::child::WaitStatus;
+use crate::sys::cgroup::group::Group;
+use crate::sys::cgroup::root::Root as CgroupRoot;
 use crate::sys::procfs::ProcessId;
 use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
 use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
 use crate::sys::{clock, guarded, orphans, poll};
+use groups::Groups;
 use hooks::HookProcesses;
 pub use probes::Heard;
 use probes::Probes;
@@ -97,6 +100,10 @@ struct Run {
     ears: Vec<AbortHandle>,
     /// The file of its notify socket.
     notify_path: Option<PathBuf>,
+    /// Its control group.
+    group: Option<Group>,
+    /// We have killed it: that it was killed needs no other reason.
+    killed: bool,
     /// Whether the dispatcher has its channel.
     channel: bool,
     /// `"ready"` was recorded.
@@ -173,6 +180,9 @@ pub struct World {
     hooks: HookProcesses,
     /// The keeper has said that another one follows.
     successor_announced: bool,
+    groups: Groups,
+    outside: Outside,
+    run_dir: PathBuf,
     /// Our own output, where lines of apps go to it.
     console: Option<Console>,
 }
@@ -202,6 +212,10 @@ pub struct Tools {
     pub listeners: Listeners,
     /// For the next supervisor.
     pub blob: BlobMemory,
+    /// The control group that is ours to divide.
+    pub cgroup: Option<CgroupRoot>,
+    /// The version that the keeper speaks.
+    pub keeper_version: u16,
     /// Our own output, where lines of apps go to it.
     pub console: Option<Console>,
 }
@@ -233,12 +247,16 @@ impl World {
             trees,
             listeners,
             blob,
+            cgroup,
+            keeper_version,
             console,
         } = tools;
         Self {
             link,
             keeper_pid,
             mark: HomeMark::of(home.dir()),
+            outside: Outside::of(HomeMark::of(home.dir())),
+            run_dir: home.run_dir(),
             home,
             agent,
             username,
@@ -266,6 +284,7 @@ impl World {
             probes: Probes::default(),
             hooks: HookProcesses::default(),
             successor_announced: false,
+            groups: Groups::new(cgroup, keeper_version),
             console,
         }
     }
@@ -517,9 +536,10 @@ impl World {
     }
 
     fn ask_tree(&mut self, id: &InstanceId, op: TreeOp) {
-        let Some(run) = self.runs.get(id) else { return };
+        let Some(run) = self.runs.get_mut(id) else { return };
+        run.killed |= op == TreeOp::KillAll;
         if let Some(process) = run.process {
-            let root = Root { main: process, token: run.tag.token() };
+            let root = Root { main: process, token: run.tag.token(), group: run.group.clone() };
             self.trees.ask(Instance { id: id.clone(), root }, op);
         }
     }
@@ -624,6 +644,7 @@ impl World {
         if let Some(socket) = run.notify_path {
             let _ = std::fs::remove_file(socket);
         }
+        self.groups.remove(run.group);
         self.changes += 1;
         self.recent.push_back(id.clone());
         if self.recent.len() > RECENT_RUNS
@@ -662,12 +683,15 @@ impl World {
             FromKeeper::SpawnFailed { request, pid, failure } => {
                 // One that an earlier supervisor asked for is known by its pid.
                 let id = self.spawning.remove(&request).or_else(|| self.by_pid.get(&pid).cloned())?;
+                let error = self.runs.get(&id).map(|run| rights::explain(failure, &run.spec));
                 self.never_ran(&id);
                 if id.slot.is_hook() {
-                    return Some(Event::HookEnded { id, end: HookEnd::Failed(failure.to_string()) });
+                    let error = error.unwrap_or_else(|| failure.to_string());
+                    return Some(Event::HookEnded { id, end: HookEnd::Failed(error) });
                 }
                 let retry = start::retry_of(failure.errno);
-                Some(Event::SpawnFailed { id, error: failure.to_string(), retry })
+                let error = error.unwrap_or_else(|| failure.to_string());
+                Some(Event::SpawnFailed { id, error, retry })
             }
             FromKeeper::Exited { pid, status, .. } => {
                 let Some(id) = self.by_pid.get(&pid).cloned() else {
@@ -677,15 +701,16 @@ impl World {
                 };
                 let run = self.runs.get_mut(&id)?;
                 run.end.exited = true;
+                let reason = groups::reason_of(status, pid, run.group.as_ref(), run.killed);
                 if self.steering.take_out(&id) {
                     self.listeners.steer(&id.app, &self.steering);
                 }
                 self.finish_logs(&id);
                 if id.slot.is_hook() {
-                    self.hook_exited(&id, reason_of(status));
+                    self.hook_exited(&id, reason);
                     return None;
                 }
-                Some(Event::Exited { id, reason: reason_of(status) })
+                Some(Event::Exited { id, reason })
             }
             FromKeeper::NotUnderstood { kind } => {
                 tracing::error!(kind, "the keeper does not know a message");
@@ -957,14 +982,15 @@ impl World {
     /// What people should know about the effects.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.unenforced_warnings();
         let dropped = self.logs.dropped_bytes();
-        if dropped == 0 {
-            return Vec::new();
+        if dropped > 0 {
+            warnings.push(format!(
+                "{dropped} bytes of log output were dropped because a log file did not take them; see {}",
+                self.home.log_file().display()
+            ));
         }
-        vec![format!(
-            "{dropped} bytes of log output were dropped because a log file did not take them; see {}",
-            self.home.log_file().display()
-        )]
+        warnings
     }
 
     /// When the machine was booted: always the same answer, so that a moment is always shown as the same time, until
@@ -1012,6 +1038,8 @@ impl World {
             skipped_lines: run.map_or(0, |run| run.skipped_lines),
             dropped: view.current.as_ref().map(|run| self.logs.dropped(&run.id)).unwrap_or_default(),
             probe: view.current.as_ref().and_then(|run| self.last_heard(&run.id)).cloned(),
+            not_enforced: self.limits_not_enforced(spec),
+            cgroup: run.and_then(|run| run.group.as_ref()).map(|group| group.dir().to_owned()),
             view,
         }
     }
@@ -1125,6 +1153,7 @@ impl World {
     /// # Errors
     /// When the keeper is gone already.
     pub fn quit(mut self) -> Result<(), LinkError> {
+        self.outside.remove();
         self.link.try_send(&ToKeeper::Quit, &[])?;
         let deadline = clock::now() + QUIT_PATIENCE;
         // The end of a thousand apps is more than the socket holds at once. A keeper that waits for us to read would
@@ -1220,14 +1249,6 @@ fn group_of(key: &str) -> &str {
 fn configured(spec: &AppSpec, address: &str) -> Option<String> {
     let fd: usize = address.strip_prefix("fd ")?.parse().ok()?;
     Some(spec.listen.get(fd.checked_sub(FIRST_FD)?)?.address.to_string())
-}
-
-fn reason_of(status: WaitStatus) -> ExitReason {
-    match (status.code(), status.signal().and_then(Signal::from_number)) {
-        (Some(code), _) => ExitReason::Code(code),
-        (None, Some(signal)) => ExitReason::Signal(signal),
-        (None, None) => ExitReason::Unknown,
-    }
 }
 
 fn boot_ms_now() -> u64 {

@@ -1,5 +1,9 @@
-//! Which processes are in a unit's control group, told from /proc alone: no mount of a cgroup file system is needed,
-//! and both versions look the same.
+//! Control groups (cgroups(7)). This page tells which processes are in a unit's group, from /proc alone: no mount of a
+//! cgroup file system is needed, and both versions look the same. What we make ourselves is v2: [`root`] is the group
+//! that is ours to divide, [`group`] that of an instance.
+
+pub mod group;
+pub mod root;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -54,7 +58,11 @@ pub fn join(roots: &[i32]) -> io::Result<(usize, usize)> {
     Ok((moved, failed))
 }
 
-fn family(roots: &[i32]) -> io::Result<BTreeSet<i32>> {
+/// These processes and everything that descends from them, or is in their sessions.
+///
+/// # Errors
+/// /proc cannot be read.
+pub fn family(roots: &[i32]) -> io::Result<BTreeSet<i32>> {
     let mut procfs = Procfs::new();
     let mut pids = Vec::new();
     procfs::all_pids(&mut pids)?;

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
 
 use super::child::{self, WaitStatus, Zombie};
-use super::spawn::{self, Failure, Outcome, Program, Report, Target};
+use super::spawn::{self, Confinement, Credentials, Failure, Outcome, Program, Report, Target};
 use super::{pidfd, watch};
 
 /// What to run.
@@ -29,6 +29,8 @@ pub struct Question {
     pub env: Vec<CString>,
     /// The working directory.
     pub cwd: CString,
+    /// Who it runs as; like us when `None`.
+    pub credentials: Option<Credentials>,
 }
 
 /// A program that runs, or has ended and not been asked for its answer. Dropping it ends its whole session.
@@ -79,8 +81,10 @@ impl Helper {
             env: &env,
             listen_pid: false,
             cwd: Some(&question.cwd),
-            credentials: None,
+            credentials: question.credentials.as_ref(),
             umask: None,
+            confinement: &Confinement::NONE,
+            cgroup: None,
             oom_score_adj: None,
             limits: &[],
             die_with_us: true,
@@ -187,6 +191,7 @@ mod tests {
             args: ["sh", "-c", line].map(text).into(),
             env: vec![text("PATH=/usr/bin:/bin")],
             cwd: text("/"),
+            credentials: None,
         }
     }
 

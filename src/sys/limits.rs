@@ -4,6 +4,8 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::model::process::{Rlimit, RlimitRange};
+
 /// One resource limit for setrlimit(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
@@ -13,6 +15,28 @@ pub struct Limit {
     pub soft: u64,
     /// How far the process itself may raise the soft limit.
     pub hard: u64,
+}
+
+impl Limit {
+    /// A configured limit as setrlimit(2) takes it.
+    #[must_use]
+    pub const fn of(limit: Rlimit, range: RlimitRange) -> Self {
+        let resource = match limit {
+            Rlimit::Nofile => libc::RLIMIT_NOFILE,
+            Rlimit::Nproc => libc::RLIMIT_NPROC,
+            Rlimit::Core => libc::RLIMIT_CORE,
+            Rlimit::Stack => libc::RLIMIT_STACK,
+            Rlimit::Memlock => libc::RLIMIT_MEMLOCK,
+            Rlimit::Fsize => libc::RLIMIT_FSIZE,
+            Rlimit::Data => libc::RLIMIT_DATA,
+            Rlimit::As => libc::RLIMIT_AS,
+            Rlimit::Cpu => libc::RLIMIT_CPU,
+            Rlimit::Msgqueue => libc::RLIMIT_MSGQUEUE,
+            Rlimit::Sigpending => libc::RLIMIT_SIGPENDING,
+            Rlimit::Rtprio => libc::RLIMIT_RTPRIO,
+        };
+        Self { resource, soft: range.soft, hard: range.hard }
+    }
 }
 
 /// The limit on open descriptors of this process.

@@ -2,10 +2,12 @@
 //!
 //! Never waits for the program: whether exec succeeded is read later from [`Started::report`]. Between fork and exec
 //! the child makes only these calls, all async-signal-safe, on memory that was laid out before the fork: sigaction,
-//! setsid, open, fcntl, dup2, close_range, write, close, setrlimit, umask, setgroups, setresgid, setresuid, prctl, chdir,
-//! getpid, sigprocmask, execve or execveat, _exit.
+//! setsid, open, fcntl, dup2, close_range, write, close, setpriority, ioprio_set, sched_setaffinity, setrlimit, umask,
+//! setgroups, setresgid, setresuid, capget, capset, prctl, chdir, getpid, sigprocmask, execve or execveat, _exit.
 
-use std::ffi::{CStr, c_char};
+mod confine;
+
+use std::ffi::{CStr, CString, c_char};
 use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
@@ -15,6 +17,8 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
+pub use self::confine::Confinement;
+use self::confine::CpuSet;
 use super::limits::Limit;
 
 /// Which executable to run.
@@ -61,6 +65,10 @@ pub struct Program<'a> {
     pub oom_score_adj: Option<i32>,
     /// Resource limits to set, in this order.
     pub limits: &'a [Limit],
+    /// Its order and its rights.
+    pub confinement: &'a Confinement,
+    /// The directory of the control group (v2) that it begins its life in; ours when `None`.
+    pub cgroup: Option<&'a CStr>,
     /// It is killed when the thread that starts it ends (PR_SET_PDEATHSIG, prctl(2)).
     pub die_with_us: bool,
     /// The descriptors: the first becomes 0, the next 1, and so on. What is missing of 0–2 is /dev/null.
@@ -86,6 +94,12 @@ pub enum Stage {
     Chdir,
     /// execve.
     Exec,
+    /// nice, ionice, CPU affinity.
+    Scheduling,
+    /// Ambient capabilities, or no_new_privs.
+    Capabilities,
+    /// Beginning its life in a control group.
+    Cgroup,
     /// One that this version does not know.
     Other(u8),
 }
@@ -103,6 +117,9 @@ impl Stage {
             Self::Credentials => 5,
             Self::Chdir => 6,
             Self::Exec => 7,
+            Self::Scheduling => 8,
+            Self::Capabilities => 9,
+            Self::Cgroup => 10,
             Self::Other(code) => code,
         }
     }
@@ -119,6 +136,9 @@ impl Stage {
             5 => Self::Credentials,
             6 => Self::Chdir,
             7 => Self::Exec,
+            8 => Self::Scheduling,
+            9 => Self::Capabilities,
+            10 => Self::Cgroup,
             other => Self::Other(other),
         }
     }
@@ -135,6 +155,9 @@ impl fmt::Display for Stage {
             Self::Credentials => "credentials",
             Self::Chdir => "chdir",
             Self::Exec => "exec",
+            Self::Scheduling => "scheduling (nice, ionice, cpu_affinity)",
+            Self::Capabilities => "capabilities",
+            Self::Cgroup => "control group",
             Self::Other(_) => "unknown stage",
         })
     }
@@ -235,6 +258,9 @@ struct Plan<'a> {
     /// Where each descriptor is parked while the final places are filled.
     parked: Vec<RawFd>,
     oom_score_adj: Option<String>,
+    cpus: Option<Box<CpuSet>>,
+    /// Where to write that it joins its control group, when the kernel has not put it there.
+    join: Option<CString>,
     report: RawFd,
 }
 
@@ -262,18 +288,82 @@ pub fn start(program: &Program<'_>) -> Result<Started, Failure> {
         listen_pid,
         parked: vec![-1; program.fds.len()],
         oom_score_adj: program.oom_score_adj.map(|value| value.to_string()),
+        cpus: program.confinement.cpu_set(),
+        join: None,
         report: writer.as_raw_fd(),
     };
-
-    // SAFETY: the child runs `become_program` only, which makes async-signal-safe calls on memory owned by `plan`, and
-    // ends in exec or _exit; so neither locks nor buffers copied from other threads are ever used.
-    match unsafe { libc::fork() } {
-        0 => become_program(&mut plan),
-        pid => match u32::try_from(pid) {
-            Ok(pid) => Ok(Started { pid, report: Report(reader) }),
-            Err(_) => Err(failed(Errno::last())),
-        },
+    let group = match program.cgroup {
+        Some(dir) => Some(open_group(dir)?),
+        None => None,
+    };
+    let mut forked = fork(group.as_ref());
+    if let (Err(Errno::ENOSYS | Errno::EPERM), Some(dir)) = (forked, program.cgroup) {
+        // A sandbox may know no clone3, or forbid it: then the child joins by itself.
+        plan.join = CString::new([dir.to_bytes(), b"/cgroup.procs"].concat()).ok();
+        forked = fork(None);
     }
+    match forked {
+        Ok(0) => become_program(&mut plan),
+        Ok(pid) => Ok(Started { pid, report: Report(reader) }),
+        // ENOENT, EBADF: the group is gone, or is none. EBUSY: it has groups below it that are limited. EAGAIN may mean
+        // pids.max of a group above.
+        Err(errno @ (Errno::ENOENT | Errno::ENODEV | Errno::EBADF | Errno::EBUSY | Errno::EOPNOTSUPP)) => {
+            Err(Failure { stage: Stage::Cgroup, errno: errno as i32 })
+        }
+        Err(errno) => Err(failed(errno)),
+    }
+}
+
+fn open_group(dir: &CStr) -> Result<OwnedFd, Failure> {
+    nix::fcntl::open(
+        dir,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        nix::sys::stat::Mode::empty(),
+    )
+    .map_err(|errno| Failure { stage: Stage::Cgroup, errno: errno as i32 })
+}
+
+/// A new process, in this control group from its first instant; 0 on the child's side. Moving it later would make every
+/// start wait for a grace period of the kernel.
+fn fork(group: Option<&OwnedFd>) -> Result<u32, Errno> {
+    let pid = match group {
+        // SAFETY: the child runs `become_program` only, which makes async-signal-safe calls on memory owned by the plan,
+        // and ends in exec or _exit; so neither locks nor buffers copied from other threads are ever used.
+        None => i64::from(unsafe { libc::fork() }),
+        Some(group) => {
+            let arguments = CloneArguments {
+                flags: CLONE_INTO_CGROUP,
+                exit_signal: libc::SIGCHLD.cast_unsigned().into(),
+                cgroup: group.as_raw_fd().unsigned_abs().into(),
+                ..CloneArguments::default()
+            };
+            let size = size_of::<CloneArguments>();
+            // SAFETY: as above. Without CLONE_VM the child has a stack of its own, as after fork; the C library's
+            // bookkeeping, which this does without, is not used by the child.
+            unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size) }
+        }
+    };
+    u32::try_from(pid).map_err(|_| Errno::last())
+}
+
+/// clone3(2), Linux 5.7.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// clone3(2)'s `struct clone_args`.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
 }
 
 /// The child's way from fork to exec.
@@ -298,9 +388,13 @@ fn prepare(plan: &mut Plan<'_>) -> Result<Option<RawFd>, Failure> {
     // SAFETY: no memory is involved; a freshly forked process leads no group, so this does not fail.
     check(Stage::Session, unsafe { libc::setsid() })?;
     let executable = place_descriptors(plan)?;
-    if let Some(value) = &plan.oom_score_adj {
-        write_oom_score_adj(value.as_bytes())?;
+    if let Some(group) = &plan.join {
+        write_file(Stage::Cgroup, group, b"0")?;
     }
+    if let Some(value) = &plan.oom_score_adj {
+        write_file(Stage::Limits, c"/proc/self/oom_score_adj", value.as_bytes())?;
+    }
+    confine::schedule(program.confinement, plan.cpus.as_deref())?;
     for limit in program.limits {
         let value = libc::rlimit { rlim_cur: limit.soft, rlim_max: limit.hard };
         // SAFETY: `value` is valid for reading.
@@ -311,8 +405,10 @@ fn prepare(plan: &mut Plan<'_>) -> Result<Option<RawFd>, Failure> {
         unsafe { libc::umask(mask) };
     }
     if let Some(credentials) = program.credentials {
+        confine::keep_capabilities(program.confinement)?;
         change_user(credentials)?;
     }
+    confine::restrict(program.confinement, program.credentials.is_some_and(|new| new.uid != 0))?;
     if program.die_with_us {
         // After the change of user, which takes it back. SAFETY: three integers.
         check(Stage::Session, unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) })?;
@@ -386,13 +482,12 @@ fn park(fd: RawFd, above: RawFd) -> Result<RawFd, Failure> {
     check(Stage::Descriptors, unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, above) })
 }
 
-fn write_oom_score_adj(value: &[u8]) -> Result<(), Failure> {
-    let path = c"/proc/self/oom_score_adj";
-    // SAFETY: a C string constant.
-    let fd = check(Stage::Limits, unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
+fn write_file(stage: Stage, path: &CStr, value: &[u8]) -> Result<(), Failure> {
+    // SAFETY: a C string.
+    let fd = check(stage, unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
     // SAFETY: `value` is valid for reading.
     let written = unsafe { libc::write(fd, value.as_ptr().cast(), value.len()) };
-    let outcome = check(Stage::Limits, if written < 0 { -1 } else { 0 });
+    let outcome = check(stage, if written < 0 { -1 } else { 0 });
     // SAFETY: opened above and used by nobody else.
     unsafe { libc::close(fd) };
     outcome.map(drop)
@@ -475,6 +570,8 @@ mod tests {
             cwd: None,
             credentials: None,
             umask: None,
+            confinement: &Confinement::NONE,
+            cgroup: None,
             oom_score_adj: None,
             die_with_us: false,
             limits: &[],

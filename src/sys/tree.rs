@@ -3,7 +3,8 @@
 //! A process belongs to an instance by descent from its main process, by session (every instance is started in one of
 //! its own) or by the token `PM_INSTANCE` in its environment. Descent alone is not enough: when a process between
 //! main and grandchild exits, the kernel gives the grandchild to the keeper, which is a child subreaper. Such orphans
-//! are attributed by token first, then by session; those that match nothing are listed and never touched.
+//! are attributed by token first, then by session; those that match nothing are listed and never touched. Where an
+//! instance has a control group of its own, everything in it belongs to it, however well it hides.
 //!
 //! This module only looks. [`worker`] sends the signals, [`runner`] says who should get a stop signal.
 //!
@@ -20,6 +21,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::time::Duration;
 
+use super::cgroup::group::Group;
 use super::procfs::{self, ProcessId, Procfs, Stat};
 
 /// The variable that carries the token: `PM_INSTANCE=<app>:<slot>:<generation>:<nonce>`.
@@ -42,6 +44,8 @@ pub struct Root {
     pub main: ProcessId,
     /// The value of `PM_INSTANCE` that it was started with.
     pub token: String,
+    /// The control group that holds nothing but the instance; `None` where groups are not ours to make.
+    pub group: Option<Group>,
 }
 
 /// The processes of one instance.
@@ -171,8 +175,30 @@ impl Scanner {
             }
             clean = if self.judge_orphans(&mut pass)? { 0 } else { clean + 1 };
         }
+        self.join_groups(&mut pass)?;
         let settled = clean >= 2 || clean == 1 && !pass.trees.iter().any(Tree::is_empty);
         Ok(Snapshot { trees: pass.trees, unattributed: pass.unattributed, settled })
+    }
+
+    /// Adds what is in the instances' control groups and was not found by descent: it may have left the session, cleared
+    /// its environment and lost its parent.
+    fn join_groups(&mut self, pass: &mut Pass<'_>) -> io::Result<()> {
+        let mut pids = Vec::new();
+        for (index, root) in pass.roots.iter().enumerate() {
+            let Some(group) = &root.group else { continue };
+            pids.clear();
+            group.members(&mut pids)?;
+            for &pid in &pids {
+                if !pass.owned.contains(&pid)
+                    && let Some(stat) = self.procfs.stat(pid)?
+                {
+                    pass.own(index, stat);
+                    // It was taken for nobody's before it was looked for here.
+                    pass.unattributed.retain(|other| other.process != stat.process);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Walks down from the mains and through the keeper's orphans. `false`: an instance is not the keeper's child, so

@@ -1,6 +1,8 @@
 //! What is tried under systemd.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pm::sys::clock;
@@ -30,6 +32,9 @@ pub(crate) const ALL: &[Scenario] = &[
     ),
     ("pain_42_credentials_of_the_unit_reach_apps", pain_42_credentials),
     ("apps_do_not_inherit_what_protects_the_daemon", oom_scores),
+    ("instances_are_in_groups_of_their_own_and_the_daemon_in_a_leaf_over_crash_and_restart", groups),
+    ("pain_14_the_unit_sets_oom_policy_delegate_and_a_low_score_for_the_daemon", pain_14_shipped_unit),
+    ("pain_27_an_app_of_a_user_has_the_groups_of_id_user", pain_27_groups_of_id),
     ("pm_kill_ends_the_unit_and_systemd_does_not_start_it_again", kill_is_final),
     ("unstartup_undoes_startup_and_ends_nothing", unstartup),
     ("a_unit_for_another_user_runs_as_that_user", other_user),
@@ -112,8 +117,8 @@ fn by_hand_is_taken_over() {
     assert_eq!(unit("MainPID"), keeper.to_string());
     assert_eq!(pids(), before);
     for pid in before.values() {
-        let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-        assert!(group.contains("/system.slice/pm.service"), "{group}");
+        let group = group_of(*pid);
+        assert!(group.contains("/system.slice/pm.service/app-"), "{group}");
     }
     // The other way round nobody is driven out: the one that is there is named.
     let second = sh("pm daemon");
@@ -392,6 +397,145 @@ fn oom_scores() {
     ok("systemctl restart pm");
     ok("pm restart all");
     check();
+}
+
+/// The v2 group of a process.
+fn group_of(pid: i32) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default().to_owned()
+}
+
+/// The directory of a v2 group.
+fn dir_of(group: &str) -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let line = mounts.lines().find(|line| line.contains(" - cgroup2 ")).unwrap();
+    let mut fields = line.split(' ').skip(3);
+    let (root, mount) = (fields.next().unwrap(), fields.next().unwrap());
+    let group = group.strip_prefix(root).unwrap_or(group);
+    Path::new(mount).join(group.trim_start_matches('/'))
+}
+
+fn is_in_place(before: &BTreeMap<String, i32>) {
+    assert_eq!(pids(), *before);
+    let (keeper, supervisor) = daemon();
+    for pid in [keeper, supervisor] {
+        assert!(group_of(pid).ends_with("/pm.service/_daemon"), "{}", group_of(pid));
+    }
+    let groups: Vec<String> = before.values().map(|pid| group_of(*pid)).collect();
+    for group in &groups {
+        assert!(group.contains("/pm.service/app-"), "{group}");
+        assert_eq!(groups.iter().filter(|other| *other == group).count(), 1, "{group} is of one instance");
+    }
+    let unit = dir_of(groups[0].rsplit_once('/').unwrap().0);
+    assert_eq!(fs::read_to_string(unit.join("cgroup.procs")).unwrap(), "", "no process in an inner group");
+}
+
+fn groups() {
+    ok("pm startup");
+    start(TWO);
+    let before = pids();
+    is_in_place(&before);
+    let mut group = group_of(before["one:0"]);
+    // Of the domain controllers this kernel may have, any one makes a group that must have no processes.
+    let property = unit;
+    let unit = group.rsplit_once('/').unwrap().0.to_owned();
+    let mut path = PathBuf::new();
+    let mut all = vec![dir_of("/")];
+    for part in unit.trim_start_matches('/').split('/') {
+        path.push(part);
+        all.push(dir_of(&format!("/{}", path.display())));
+    }
+    let controllers = fs::read_to_string(all[0].join("cgroup.controllers")).unwrap();
+    let enabled = controllers.split_whitespace().find(|controller| {
+        all.iter().all(|dir| fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")).is_ok())
+    });
+    println!("a controller that is enabled for the apps: {enabled:?}, of: {controllers}");
+    let kill = |pid: i32| ok(&format!("kill -9 {pid}"));
+    for round in 0..3 {
+        let (keeper, _) = daemon();
+        if round == 2 {
+            ok("systemctl restart pm");
+        } else {
+            kill(keeper);
+        }
+        until("systemd has started the next keeper", || {
+            let main = main_pid();
+            let up = property("SubState") == "running" && main != keeper && main != 0;
+            if up { Ok(()) } else { Err(format!("{main} {}", ok("systemctl status pm; true"))) }
+        });
+        is_in_place(&before);
+        if let Some(controller) = enabled {
+            // The next daemon enables what it needs; this one is nobody's need but the test's.
+            let _ = fs::write(dir_of(&unit).join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+    }
+    // What hides from everything else is still in its group, and ends with it.
+    start(
+        "[[apps]]\nname = 'one'\nscript = 'sh'\nargs = ['-c', '(setsid env -i sleep 1234 &); exec sleep 1235']\n",
+    );
+    until("the hidden one is there", || {
+        group = group_of(pids()["one:0"]);
+        let members = fs::read_to_string(dir_of(&group).join("cgroup.procs")).unwrap();
+        if members.lines().count() == 2 { Ok(()) } else { Err(members) }
+    });
+    ok("pm stop one");
+    assert!(fs::metadata(dir_of(&group)).is_err(), "{group} is gone");
+    ok("systemctl stop pm");
+    until("the unit's group is empty", || {
+        let left = fs::read_dir(dir_of(&unit)).map(|dir| dir.count()).unwrap_or(0);
+        let running = pids_in(&dir_of(&unit));
+        if running.is_empty() { Ok(()) } else { Err(format!("{left} entries, {running}")) }
+    });
+    // The machine's own groups are as they were.
+    for dir in all.iter().rev() {
+        let _ = fs::write(dir.join("cgroup.subtree_control"), format!("-{}", enabled.unwrap_or_default()));
+    }
+}
+
+fn pids_in(dir: &Path) -> String {
+    let own = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    let below = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir());
+    below.fold(own, |all, dir| all + &pids_in(&dir))
+}
+
+fn main_pid() -> i32 {
+    unit("MainPID").parse().unwrap_or(0)
+}
+
+fn pain_14_shipped_unit() {
+    ok("pm startup");
+    start("[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n");
+    for (key, value) in [("OOMPolicy", "continue"), ("Delegate", "yes"), ("OOMScoreAdjust", "-900")] {
+        assert_eq!(unit(key), value, "{key}");
+    }
+    let score =
+        |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    // A machine may be forbidden to protect anything.
+    let protected = if sh("echo -900 >/proc/self/oom_score_adj").code == 0 { "-900" } else { "0" };
+    assert_eq!(score(daemon().0), protected);
+    assert_eq!(score(pids()["one:0"]), "0");
+}
+
+fn pain_27_groups_of_id() {
+    ok("groupadd shop; groupadd media; useradd -m -G shop,media bob");
+    ok("pm startup");
+    start("[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\nuser = 'bob'\n");
+    let status = fs::read_to_string(format!("/proc/{}/status", pids()["one:0"])).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("Groups:")).unwrap();
+    let sorted = |text: &str| {
+        let mut groups: Vec<u32> = text.split_whitespace().map(|group| group.parse().unwrap()).collect();
+        groups.sort_unstable();
+        groups
+    };
+    assert_eq!(sorted(line), sorted(&ok("id -G bob")));
+    assert_eq!(sorted(line).len(), 3);
+    let log = fs::metadata("/var/lib/pm/logs/one-out.log").unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&log).to_string(), ok("id -u bob"));
 }
 
 fn kill_is_final() {

@@ -76,7 +76,7 @@ impl Keeper {
         // Reaped by nobody until this process ends: a zombie, as the keeper leaves it.
         drop(child);
         let stat = self.scanner.procfs().stat(pid).unwrap().unwrap();
-        let instance = Instance { id, root: Root { main: stat.process, token } };
+        let instance = Instance { id, root: Root { main: stat.process, token, group: None } };
         self.instances.push(instance.clone());
         wait_for("setsid", || {
             self.scanner

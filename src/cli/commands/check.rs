@@ -8,6 +8,8 @@ use crate::cli::specs::Wishes;
 use crate::config::words::quote;
 use crate::model::mask;
 use crate::model::spec::AppSpec;
+use crate::sys::cgroup::root::of_machine;
+use crate::sys::users;
 
 pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
     let resolved = Wishes::of_file(&args.options).check(&args.file)?;
@@ -22,6 +24,9 @@ pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
         for warning in &app.warnings {
             terminal.error_line("warning:", warning)?;
         }
+        for warning in on_this_machine(&app.spec) {
+            terminal.error_line("warning:", &format!("{}: {warning}", app.spec.name))?;
+        }
         terminal.say(&summary(&app.spec))?;
     }
     terminal.say(&format!(
@@ -30,6 +35,34 @@ pub(super) fn run(args: &Check, context: &mut Context) -> Result<(), CliError> {
         words::count(resolved.len(), "app")
     ))?;
     Ok(())
+}
+
+/// What of an app's rules cannot be had here, whoever runs the daemon.
+fn on_this_machine(spec: &AppSpec) -> Vec<String> {
+    let rules = &spec.process;
+    let mut doubts = Vec::new();
+    if rules.changes_user()
+        && let Err(error) = users::account(rules.user.as_deref(), rules.group.as_deref())
+    {
+        doubts.push(error.to_string());
+    }
+    let effect = if rules.limits.required {
+        "so the app will not start here"
+    } else {
+        "so it will not be enforced here"
+    };
+    let machine = of_machine();
+    for (key, _, controller) in rules.limits.set() {
+        match &machine {
+            Some((_, controllers)) if controllers.contains(&controller) => {}
+            Some((mount, _)) => doubts.push(format!(
+                "limits.{key} needs the `{controller}` controller, which cgroup v2 at {} does not have, {effect}",
+                mount.display()
+            )),
+            None => doubts.push(format!("limits.{key} needs cgroup v2, which is not mounted, {effect}")),
+        }
+    }
+    doubts
 }
 
 /// "api: 2 instances (cluster) of node server.js in /srv/api, listens on 0.0.0.0:3000, reload without downtime".

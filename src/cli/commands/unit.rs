@@ -1,9 +1,9 @@
 //! What a unit's ExecStop and ExecStopPost run.
 //!
 //! ```text
-//! systemctl restart   stop: the keeper leaves, apps and supervisor stay     cleanup: nothing
+//! systemctl restart   stop: the keeper leaves, apps and supervisor stay     cleanup: room for the next main process
 //! systemctl stop      stop: nothing; systemd's SIGTERM ends daemon and apps   cleanup: what is left is ended
-//! the daemon crashes  (not run)                                             cleanup: nothing
+//! the daemon crashes  (not run)                                             cleanup: room for the next main process
 //! ```
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,7 +13,9 @@ use crate::cli::Context;
 use crate::cli::args::{UnitHook, UnitMoment};
 use crate::cli::connect::pause;
 use crate::cli::error::CliError;
-use crate::cli::systemctl::Instance;
+use crate::cli::systemctl::{Instance, version};
+use crate::cli::unit::KNOWS_SUBGROUPS;
+use crate::sys::cgroup::root::root_of_unit;
 use crate::sys::notify::LEAVE_SIGNAL;
 use crate::sys::poll::{self, Interest};
 use crate::sys::{cgroup, pidfd};
@@ -34,7 +36,27 @@ pub(super) fn run(hook: &UnitHook, context: &mut Context) -> Result<(), CliError
         // Where nobody tells, it is a stop: apps that run on without their daemon would be worse than a downtime.
         UnitMoment::Stop if job.as_deref().is_some_and(|job| job.contains("restart")) => leave(context),
         UnitMoment::Cleanup if job.as_deref() == Some("stop") => clean_up(&hook.unit, context),
-        UnitMoment::Stop | UnitMoment::Cleanup => Ok(()),
+        UnitMoment::Cleanup => {
+            make_room(&hook.unit);
+            Ok(())
+        }
+        UnitMoment::Stop => Ok(()),
+    }
+}
+
+/// systemd is about to put the next main process into the unit's own group. The kernel refuses that while controllers are
+/// enabled for the groups of the apps below it; the next daemon enables them again, with every limit.
+fn make_room(unit: &str) {
+    // Run by hand there is no unit, and nothing is touched.
+    if std::env::var_os("SERVICE_RESULT").is_none() {
+        return;
+    }
+    if version().is_none_or(|version| version >= KNOWS_SUBGROUPS) {
+        return;
+    }
+    if let Ok(Some(root)) = root_of_unit(unit) {
+        // Where nothing is enabled, nothing is in the way; where this fails, the next start says so.
+        let _ = root.disable_all();
     }
 }
 

@@ -12,6 +12,7 @@ use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
 use crate::model::figures::{NodeFigures, Spread};
+use crate::model::process::{ProcessRules, cpu_list};
 use crate::model::spec::{AppSpec, Check, Dependency, ExecMode, OnFailure, Runtime, Strategy};
 
 /// Prints one instance.
@@ -152,6 +153,30 @@ fn state(detail: &InstanceDetail, zone: &TimeZone) -> Vec<(&'static str, String)
     lines
 }
 
+/// Who the processes are and what they may use, where that is set.
+fn process(rules: &ProcessRules) -> Vec<(&'static str, String)> {
+    let group = rules.limits.set().into_iter().map(|(key, value, _)| format!("{key} {value}"));
+    let each =
+        rules.rlimits.iter().map(|(limit, range)| format!("{} {}", limit.as_str(), range.show(limit.unit())));
+    let limits: Vec<String> = group.chain(each).collect();
+    let capabilities: Vec<String> = rules.ambient_capabilities.iter().map(ToString::to_string).collect();
+    let text = |text: String| (!text.is_empty()).then_some(text);
+    [
+        ("user", rules.user.clone()),
+        ("group", rules.group.clone()),
+        ("limits", text(limits.join(", "))),
+        ("nice", rules.nice.map(|nice| nice.to_string())),
+        ("ionice", rules.ionice.map(|order| order.to_string())),
+        ("cpu affinity", text(cpu_list(&rules.cpu_affinity))),
+        ("umask", rules.umask.map(|mask| format!("{mask:04o}"))),
+        ("no new privileges", rules.no_new_privs.then(|| "yes".to_owned())),
+        ("ambient capabilities", text(capabilities.join(", "))),
+    ]
+    .into_iter()
+    .filter_map(|(key, value)| Some((key, value?)))
+    .collect()
+}
+
 fn inside(figures: &NodeFigures) -> Vec<(&'static str, String)> {
     let spread = |spread: Spread| {
         let [p50, p95, p99] = [spread.p50, spread.p95, spread.p99].map(words::fine_millis);
@@ -235,6 +260,7 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
         ("min uptime", time(spec.restart.min_uptime)),
         ("reload", reload(spec)),
     ];
+    lines.extend(process(&spec.process));
     if !spec.depends_on.is_empty() {
         let needed = spec.depends_on.iter().map(|(app, how_far)| match how_far {
             Dependency::Ready => app.to_string(),

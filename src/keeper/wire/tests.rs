@@ -138,8 +138,25 @@ fn command() -> impl Strategy<Value = Command> {
     let credentials =
         any::<(u32, u32, Vec<u32>)>().prop_map(|(uid, gid, groups)| Credentials { uid, gid, groups });
     let texts = (c_text(), vec(c_text(), 0..20), vec(c_text(), 0..20), c_text());
-    (texts, any::<(bool, Option<u32>, Option<i32>)>(), option::of(credentials), vec(limit(), 0..5)).prop_map(
-        |((program, args, env, cwd), (listen_pid, umask, oom_score_adj), credentials, limits)| Command {
+    let numbers = any::<(bool, Option<u32>, Option<i32>)>();
+    let confinement = any::<(Option<i32>, Option<u16>, Vec<u32>, bool, u64)>().prop_map(
+        |(nice, io_priority, cpus, no_new_privs, ambient)| Confinement {
+            nice,
+            io_priority,
+            cpus,
+            no_new_privs,
+            ambient,
+        },
+    );
+    let place = (confinement, c_text());
+    (texts, numbers, option::of(credentials), vec(limit(), 0..5), place).prop_map(
+        |(
+            (program, args, env, cwd),
+            (listen_pid, umask, oom_score_adj),
+            credentials,
+            limits,
+            (confinement, cgroup),
+        )| Command {
             program,
             args,
             env,
@@ -149,8 +166,27 @@ fn command() -> impl Strategy<Value = Command> {
             umask,
             oom_score_adj,
             limits,
+            confinement,
+            cgroup,
         },
     )
+}
+
+/// How many bytes version 2 appends: a record and a text, each with its length.
+fn appended(command: &Command) -> usize {
+    let Confinement { nice, io_priority, cpus, .. } = &command.confinement;
+    let options = 1 + nice.map_or(0, |_| 4) + 1 + io_priority.map_or(0, |_| 2);
+    let record = options + 4 + 4 * cpus.len() + 1 + 8;
+    4 + record + 4 + command.cgroup.count_bytes() + 1
+}
+
+#[test]
+fn a_command_of_version_1_has_no_order_no_rights_and_no_group() {
+    let command = Command { program: c"/bin/true".into(), ..Command::default() };
+    let mut bytes = command.encode().unwrap();
+    bytes.truncate(bytes.len() - appended(&command));
+    let view = CommandView::decode(&bytes).unwrap();
+    assert_eq!(view.to_command(), command);
 }
 
 proptest! {
@@ -217,7 +253,10 @@ proptest! {
             prop_assert!(FromKeeper::decode(cut_frame, report_fds).is_err());
         }
         let bytes = command.encode().unwrap();
-        prop_assert!(CommandView::decode(&bytes[..cut.index(bytes.len())]).is_err());
+        let cut = cut.index(bytes.len());
+        // What ends before the fields of version 2 is whole for a supervisor of version 1.
+        let of_version_1 = bytes.len() - appended(&command);
+        prop_assert_eq!(CommandView::decode(&bytes[..cut]).is_ok(), cut == of_version_1);
     }
 
     #[test]

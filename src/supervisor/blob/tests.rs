@@ -76,6 +76,7 @@ fn blob() -> Blob {
             instances: vec![instance("api", 0), instance("über uns", 1)],
             hooks: vec![HookMemo { app: app("api"), kind: HookKind::PostStop }],
             reloads: Vec::new(),
+            deleted: vec![app("gone")],
         },
         channels: vec![channel],
         listeners: vec![listener],

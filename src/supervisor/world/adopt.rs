@@ -7,8 +7,9 @@ use std::sync::Arc;
 use super::super::blob::{ChannelMemo, ListenerMemo, ToldMemo};
 use super::super::tag::{Held, Tag};
 use super::super::variables::Variables;
+use super::groups::reason_of;
 use super::start::Parts;
-use super::{End, Run, World, reason_of};
+use super::{End, Run, World};
 use crate::dispatch::{Adopted, Command, KeptListener, OpenListener, Query};
 use crate::keeper::link::Child;
 use crate::keeper::wire::{ChildState, HeldFds, ToKeeper};
@@ -94,7 +95,9 @@ impl World {
                 revision: tag.revision,
                 pid: child.pid,
                 exited: match child.state {
-                    ChildState::Exited(status) => Some(reason_of(status)),
+                    ChildState::Exited(status) => {
+                        Some(reason_of(status, child.pid, self.groups.existing(&tag).as_ref(), false))
+                    }
                     ChildState::Starting | ChildState::Running => None,
                 },
                 signalled: told.contains_key(&tag.id),
@@ -106,6 +109,7 @@ impl World {
         }
         self.dispatch.send(Command::Adopted);
         self.adopt_steering();
+        self.sweep_groups();
         self.write_pid_files();
         // Left by a run that was forgotten, or by an app that was deleted, in the instant its supervisor died: a port
         // that nobody serves must not stay taken.
@@ -179,7 +183,7 @@ impl World {
         } else {
             // Its exit is confirmed when it is reported.
             let main = ProcessId { pid: child.pid.cast_signed(), start_ticks: child.start_ticks };
-            let root = Root { main, token: tag.token() };
+            let root = Root { main, token: tag.token(), group: self.groups.existing(tag) };
             self.trees.ask(Instance { id: tag.id.clone(), root }, TreeOp::KillAll);
         }
     }
@@ -211,8 +215,9 @@ impl World {
         let notify_path = parts
             .notify
             .as_ref()
-            .and_then(|_| ready::notify_path(&self.home.run_dir(), tag.pm_id, id.generation));
+            .and_then(|_| ready::notify_path(self.notify_dir(&spec), tag.pm_id, id.generation));
         let version = super::start::version_of(&spec);
+        let group = self.adopt_group(&tag, &spec, child.pid);
         self.by_pid.insert(child.pid, id.clone());
         self.listen_timeouts.insert(id.app.clone(), spec.ready.listen_timeout);
         let exited = matches!(child.state, ChildState::Exited(_));
@@ -224,6 +229,8 @@ impl World {
             node_version,
             ears: Vec::new(),
             notify_path,
+            group,
+            killed: false,
             channel: parts.channel.is_some(),
             ready,
             open,

@@ -112,7 +112,7 @@ impl World {
         if matches!(child.state, ChildState::Exited(_)) {
             self.tell_keeper(&ToKeeper::Confirm { pid: child.pid, fds: HeldFds::Release });
         }
-        let root = Root { main, token: tag.token() };
+        let root = Root { main, token: tag.token(), group: self.groups.existing(tag) };
         self.hooks.left.push(tag.id.clone());
         self.trees.ask(Instance { id: tag.id.clone(), root }, TreeOp::KillAll);
     }

@@ -71,6 +71,7 @@ impl World {
                 env: run.env.clone(),
                 cwd: run.spec.cwd.clone(),
                 pid: run.process.map(|process| process.pid.unsigned_abs()),
+                process: run.spec.process.clone(),
             };
             Some(probe::start(subject, delay, self.inputs.clone()))
         };

@@ -5,10 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::super::launch::{self, Descriptors, Launch, Role};
 use super::super::ready;
+use super::super::rights::{self, Rights, owner_of};
 use super::super::tag::{Held, Nonce, Tag};
 use super::probes::log_watch;
 use super::{End, Run, World, hooks};
@@ -24,7 +26,8 @@ use crate::model::saved::StartedFrom;
 use crate::model::spec::{AppSpec, Runtime, Stdin};
 use crate::policy::vocabulary::Retry;
 use crate::store::state::Shell;
-use crate::sys::pipe;
+use crate::sys::cgroup::group::Group;
+use crate::sys::{pipe, users};
 
 /// Why a run did not start.
 pub(super) struct NotStarted {
@@ -91,9 +94,20 @@ impl World {
     ) -> Result<StartedFrom, NotStarted> {
         let tag = Tag { id: id.clone(), pm_id, revision, nonce: Nonce::new(self.mark) };
         let token = tag.token();
+        let rights = Rights::of(&spec.process).map_err(|error| NotStarted::never(&error))?;
+        for reason in self.groups.unenforced(spec).map_err(|error| NotStarted::never(&error))? {
+            tracing::warn!(instance = %id, reason, "limit");
+        }
+        let is_other_user = rights.credentials.is_some();
+        if is_other_user {
+            self.outside
+                .make()
+                .map_err(NotStarted::kernel("make a directory that the app's user can reach"))?;
+        }
+        let agent = if is_other_user { self.outside.agent() } else { self.agent.clone() };
         let notify = if spec.ready.wait_ready {
             Some(
-                ready::bind_notify(&self.home.run_dir(), pm_id, id.generation)
+                ready::bind_notify(self.notify_dir(spec), pm_id, id.generation, rights.owner())
                     .map_err(NotStarted::kernel("make a notify socket"))?,
             )
         } else {
@@ -105,7 +119,7 @@ impl World {
             token: &token,
             worker: spec.is_node_cluster().then(|| worker_number(id)),
             notify: notify.as_ref().map(|socket| OsStr::new(&socket.name)),
-            agent: &self.agent,
+            agent: &agent,
         };
         let mut launch = launch::launch(spec, shell, &role).map_err(|error| NotStarted::missing(&error))?;
         if id.slot.is_hook() {
@@ -122,7 +136,11 @@ impl World {
         if let Some(socket) = notify {
             ends.ours.push((Held::Notify, socket.socket.into()));
         }
-        self.request(&tag, spec, launch, &ends)?;
+        let group = self.groups.create(&tag, spec).map_err(|error| NotStarted::missing(&error))?;
+        if let Err(error) = self.request(&tag, spec, launch, rights, group.as_ref(), &ends) {
+            self.groups.remove(group);
+            return Err(error);
+        }
         let run = Run {
             spec: spec.clone(),
             tag,
@@ -132,6 +150,8 @@ impl World {
             node_version: None,
             ears: Vec::new(),
             notify_path,
+            group,
+            killed: false,
             channel: spec.has_channel(),
             ready: false,
             open: Vec::new(),
@@ -158,6 +178,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Where the notify socket of an app lies: its user has to reach it.
+    pub(super) fn notify_dir(&self, spec: &AppSpec) -> &Path {
+        if spec.process.changes_user() && users::may_change_user() {
+            self.outside.dir()
+        } else {
+            &self.run_dir
+        }
     }
 
     fn ends(&self, spec: &AppSpec, slot: Slot) -> Result<Ends, NotStarted> {
@@ -193,8 +222,18 @@ impl World {
         Ok(ends)
     }
 
-    fn request(&mut self, tag: &Tag, spec: &AppSpec, launch: Launch, ends: &Ends) -> Result<(), NotStarted> {
-        let command = command_of(launch, Descriptors::of(spec)).map_err(|error| NotStarted::never(&error))?;
+    fn request(
+        &mut self,
+        tag: &Tag,
+        spec: &AppSpec,
+        launch: Launch,
+        rights: Rights,
+        group: Option<&Group>,
+        ends: &Ends,
+    ) -> Result<(), NotStarted> {
+        let command = command_of(launch, Descriptors::of(spec), rights, group)
+            .map_err(|error| NotStarted::never(&error))?;
+        self.groups.check(&command).map_err(|error| NotStarted::never(&error))?;
         let request = self.next_request;
         self.next_request += 1;
         let fds: Vec<BorrowedFd<'_>> = ends.child.iter().map(AsFd::as_fd).collect();
@@ -280,10 +319,13 @@ impl World {
     /// Where the output of a run goes.
     pub(super) fn route(&self, id: &InstanceId, spec: &AppSpec, pm_id: PmId) -> Route {
         let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, is_merged(spec), pm_id);
+        // Who could not be found was not started either; an adopted one whose user is gone keeps its files.
+        let owner =
+            rights::account_of(&spec.process).ok().flatten().map(|account| owner_of(&account.credentials));
         Route {
             id: id.clone(),
-            out: Target::file(paths.out, None),
-            err: Target::file(paths.err, None),
+            out: Target::file(paths.out, owner),
+            err: Target::file(paths.err, owner),
             stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
             overflow: spec.logs.overflow,
         }
@@ -313,7 +355,12 @@ pub(super) struct Parts {
     pub(super) adopted: Option<crate::dispatch::Adopted>,
 }
 
-fn command_of(launch: Launch, descriptors: Descriptors) -> Result<wire::Command, std::ffi::NulError> {
+fn command_of(
+    launch: Launch,
+    descriptors: Descriptors,
+    rights: Rights,
+    group: Option<&Group>,
+) -> Result<wire::Command, std::ffi::NulError> {
     let text = |text: &OsStr| CString::new(text.as_bytes());
     Ok(wire::Command {
         program: text(launch.program.as_os_str())?,
@@ -325,7 +372,12 @@ fn command_of(launch: Launch, descriptors: Descriptors) -> Result<wire::Command,
             .collect::<Result<_, _>>()?,
         cwd: text(launch.cwd.as_os_str())?,
         listen_pid: descriptors.listeners > 0,
-        ..wire::Command::default()
+        credentials: rights.credentials,
+        umask: rights.umask,
+        oom_score_adj: None,
+        limits: rights.limits,
+        confinement: rights.confinement,
+        cgroup: text(group.map_or(OsStr::new(""), |group| group.dir().as_os_str()))?,
     })
 }
 

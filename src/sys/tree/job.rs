@@ -21,7 +21,7 @@ use std::time::Duration;
 use super::pidfd::{Pidfd, signal_group, signal_process};
 use super::runner::{target_chain, targets};
 use super::worker::{Instance, Outcome, RETRY, TreeOp};
-use super::{Scanner, Tree};
+use super::{Root, Scanner, Tree};
 use crate::model::moment::Moment;
 use crate::model::signal::Signal;
 use crate::model::spec::KillMode;
@@ -200,14 +200,14 @@ impl Job {
                 }
                 let until = *until;
                 if now >= until {
-                    strike(scanner, main, tree, libc::SIGKILL);
+                    kill(scanner, &self.instance.root, tree);
                     return Ok(Step::Done(Outcome::Left(tree.living().copied().collect())));
                 }
                 let before = stopped.len();
                 stopped.extend(tree.living().map(|stat| stat.process));
                 if (stopped.len() == before && look.settled) || *rounds == FREEZE_ROUNDS {
                     let killed = std::mem::take(stopped);
-                    strike(scanner, main, tree, libc::SIGKILL);
+                    kill(scanner, &self.instance.root, tree);
                     self.phase = Phase::Dying { killed, until };
                     return Ok(Step::Wait(until));
                 }
@@ -264,6 +264,16 @@ fn tell(scanner: &mut Scanner, processes: &[ProcessId], signal: Signal) -> io::R
         Some(error) if told.is_empty() => Err(error),
         _ => Ok(told),
     }
+}
+
+/// SIGKILL to everything: the whole control group in one write that nothing forks away from, where there is one, and what
+/// is not in it.
+fn kill(scanner: &mut Scanner, root: &Root, tree: &Tree) {
+    if let Some(group) = &root.group {
+        // Before Linux 5.14 there is no such file, and its members are killed like the others.
+        let _ = group.kill();
+    }
+    strike(scanner, root.main, tree, libc::SIGKILL);
 }
 
 /// Sends a signal to everything that lives in a tree: to the main process's group in one call, which no fork in it

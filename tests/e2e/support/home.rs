@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
@@ -12,7 +13,7 @@ use tempfile::TempDir;
 
 use super::machine::Machine;
 use super::wait::{pause, wait_until};
-use super::{SOON, node, process};
+use super::{SOON, groups, node, process};
 
 /// No command of a test may take longer than this.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -25,6 +26,8 @@ const MARK: &str = "PMTEST_HOME";
 pub(crate) struct Home {
     // Dropped last: the next test may start when the directory is gone.
     dir: TempDir,
+    /// The control group that the daemon divides.
+    groups: Option<PathBuf>,
     _machine: Machine,
 }
 
@@ -118,7 +121,31 @@ impl Home {
         let dir = tempfile::Builder::new().prefix("pm-test-").tempdir().expect("a temporary directory");
         fs::create_dir(dir.path().join("work")).expect("work");
         fs::create_dir(dir.path().join("user")).expect("user");
-        Self { dir, _machine: machine }
+        Self { dir, groups: None, _machine: machine }
+    }
+
+    /// Gives the daemon a control group of its own to divide, named by `PM_CGROUP_ROOT`.
+    ///
+    /// # Errors
+    /// Why that cannot be done here.
+    pub(crate) fn with_groups(mut self) -> Result<Self, String> {
+        let name = self.dir.path().file_name().expect("a name").to_owned();
+        let path = groups::mount()?.join(name);
+        fs::create_dir(&path).map_err(|error| format!("cannot make {}: {error}", path.display()))?;
+        self.groups = Some(path);
+        Ok(self)
+    }
+
+    /// The control group that the daemon divides.
+    pub(crate) fn groups(&self) -> Option<&Path> {
+        self.groups.as_deref()
+    }
+
+    /// Lets other users reach the working directory.
+    pub(crate) fn open_to_others(&self) {
+        for dir in [self.dir.path().to_owned(), self.work()] {
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).expect("our directory");
+        }
     }
 
     /// The home that PM_HOME names.
@@ -198,6 +225,7 @@ impl Home {
             .env("TZ", "UTC")
             .env("PM_HOME", self.path())
             .env(MARK, self.dir.path())
+            .envs(self.groups.iter().map(|dir| ("PM_CGROUP_ROOT", dir)))
             .current_dir(self.work());
     }
 
@@ -396,6 +424,9 @@ impl Drop for Home {
         while let Some(pid) = self.processes().first() {
             process::end(*pid);
             pause();
+        }
+        if let Some(groups) = &self.groups {
+            groups::remove(groups);
         }
         if !failed && !left.is_empty() {
             panic!("`pm kill` ({killed:?}) left processes behind:\n{left}");

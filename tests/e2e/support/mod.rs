@@ -5,6 +5,7 @@ pub(crate) mod container;
 pub(crate) mod docs;
 pub(crate) mod earlier;
 pub(crate) mod genuine;
+pub(crate) mod groups;
 pub(crate) mod home;
 pub(crate) mod load;
 pub(crate) mod machine;
