@@ -49,6 +49,15 @@ fn interpreter_and_its_arguments_come_before_the_script() {
 }
 
 #[test]
+fn only_shell_has_a_shell_run_the_script() {
+    let home = Home::new();
+    home.start("[[apps]]\nname = 'job'\nscript = 'echo $((20 + 3)) >here && exec sleep 1000'\nshell = true\n");
+    home.file_with("here", "23");
+    let plain = home.write("plain.toml", "[[apps]]\nname = 'plain'\nscript = 'echo $((20 + 3)) && sleep 1000'\n");
+    home.exits(2, &["start", &plain]).says("set `shell = true`");
+}
+
+#[test]
 fn interpreter_none_executes_the_script_itself() {
     let home = Home::new();
     let path = home.write("app.js", "#!/bin/sh\nexec sleep 1000\n");
@@ -228,15 +237,20 @@ fn kill_mode_main_signals_the_main_process_only() {
     assert!(noted.starts_with("ready\nparent got SIGINT\nparent ends\n"), "{noted}");
 }
 
-/// Stops a worker without a SIGINT handler while a request of 600 ms is in flight, and returns what its client got.
-fn answer_while_stopping(keys: &str) -> Result<load::Reply, load::Failure> {
+/// Stops a worker without a SIGINT handler while a request that takes so long is in flight, and returns what its client
+/// got.
+fn answer_while_stopping(keys: &str, millis: u32) -> Result<load::Reply, load::Failure> {
     let home = Home::new();
     let port = free_port();
     home.write(
         "app.js",
-        "require('http').createServer((q, r) => {\n\
-           if (q.url === '/slow') { console.log('in flight'); setTimeout(() => r.end('whole'), 600); } else r.end('ok');\n\
-         }).listen(Number(process.env.PORT), '127.0.0.1');\n",
+        &format!(
+            "require('http').createServer((q, r) => {{\n\
+               if (q.url !== '/slow') return r.end('ok');\n\
+               console.log('in flight');\n\
+               setTimeout(() => r.end('whole'), {millis});\n\
+             }}).listen(Number(process.env.PORT), '127.0.0.1');\n"
+        ),
     );
     home.start(&format!(
         "[[apps]]\nname = 'web'\nscript = 'app.js'\nexec_mode = 'cluster'\ninstances = 1\nmerge_logs = true\n{keys}\n\
@@ -250,13 +264,17 @@ fn answer_while_stopping(keys: &str) -> Result<load::Reply, load::Failure> {
 
 #[test]
 fn the_agent_finds_out_that_an_app_has_no_handler() {
-    assert_eq!(answer_while_stopping("").unwrap().body, "whole");
+    assert_eq!(answer_while_stopping("", 600).unwrap().body, "whole");
 }
 
 #[test]
 fn without_the_agent_stop_method_decides() {
-    answer_while_stopping("agent = false\nstop_method = 'signal'").unwrap_err();
-    assert_eq!(answer_while_stopping("agent = false\nstop_method = 'disconnect'").unwrap().body, "whole");
+    // Longer than any command takes to get to its signal.
+    answer_while_stopping("agent = false\nstop_method = 'signal'", 10_000).unwrap_err();
+    assert_eq!(
+        answer_while_stopping("agent = false\nstop_method = 'disconnect'", 600).unwrap().body,
+        "whole"
+    );
 }
 
 #[test]

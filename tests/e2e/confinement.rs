@@ -1,7 +1,7 @@
 //! Who an app's processes are and what they may use. Most of it needs root, as the daemon then does.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -111,6 +111,7 @@ fn pain_27_log_files_belong_to_the_apps_user_and_no_link_of_that_user_is_followe
     fs::write(victim.join("secret"), "root's\n").unwrap();
     symlink(victim.join("secret"), theirs.join("logs/link.log")).unwrap();
     symlink(&victim, theirs.join("dir")).unwrap();
+    lchown(theirs.join("dir"), Some(user.uid.as_raw()), None).unwrap();
     fs::hard_link(victim.join("secret"), theirs.join("logs/hard.log")).unwrap();
     for path in ["logs/link.log", "dir/new.log", "logs/hard.log"] {
         home.start(&app(&format!("out_file = 'theirs/{path}'")));

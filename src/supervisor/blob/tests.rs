@@ -188,11 +188,11 @@ fn a_record_that_makes_no_sense_costs_what_it_is_about() {
     assert_eq!((opened.blob, opened.unread), (expected, 1));
 }
 
-/// What versions wrote, by name. A change of the format adds one and leaves those that are there.
+/// What versions wrote, in their order. A change of the format adds one and leaves those that are there.
 #[test]
 fn what_older_versions_wrote_still_opens() {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/blob");
-    let newest = dir.join("0.1.0.blob");
+    let newest = dir.join("2.blob");
     if std::env::var_os("PM_WRITE_FIXTURES").is_some() {
         std::fs::write(&newest, seal(&blob(), 5)).unwrap();
     }
@@ -200,7 +200,13 @@ fn what_older_versions_wrote_still_opens() {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         let opened = open(&std::fs::read(&path).unwrap());
-        assert_eq!(opened, Some(Opened { blob: blob(), number: 5, unread: 0 }), "{}", path.display());
+        let mut expected = blob();
+        if path.ends_with("1.blob") {
+            // What it did not know yet.
+            expected.memo.deleted.clear();
+            expected.told.clear();
+        }
+        assert_eq!(opened, Some(Opened { blob: expected, number: 5, unread: 0 }), "{}", path.display());
         seen += 1;
     }
     assert!(seen > 0);
