@@ -51,9 +51,12 @@ fn interpreter_and_its_arguments_come_before_the_script() {
 #[test]
 fn only_shell_has_a_shell_run_the_script() {
     let home = Home::new();
-    home.start("[[apps]]\nname = 'job'\nscript = 'echo $((20 + 3)) >here && exec sleep 1000'\nshell = true\n");
+    home.start(
+        "[[apps]]\nname = 'job'\nscript = 'echo $((20 + 3)) >here && exec sleep 1000'\nshell = true\n",
+    );
     home.file_with("here", "23");
-    let plain = home.write("plain.toml", "[[apps]]\nname = 'plain'\nscript = 'echo $((20 + 3)) && sleep 1000'\n");
+    let plain =
+        home.write("plain.toml", "[[apps]]\nname = 'plain'\nscript = 'echo $((20 + 3)) && sleep 1000'\n");
     home.exits(2, &["start", &plain]).says("set `shell = true`");
 }
 

@@ -544,7 +544,7 @@ fn what_cannot_be_started_again_is_not_taken_down() {
 fn a_supervisor_that_dies_while_others_are_in_reserve_loses_nothing() {
     let web = Web::start(Home::loaded(), App::Node, "");
     let before = web.identities();
-    let slow = "if (process.env.NODE_APP_INSTANCE === '2') { const end = Date.now() + 2500; while (Date.now() < end); }\n";
+    let slow = "if (process.env.NODE_APP_INSTANCE === '2') { const cell = new Int32Array(new SharedArrayBuffer(4)); while (!require('fs').existsSync('go')) Atomics.wait(cell, 0, 0, 50); }\n";
     web.home.write("app.js", &format!("{slow}{}", javascript("v2", Release::DiesInSlot(2))));
     let load = Load::start(web.port, 8, Connections::OnePerRequest);
     let run = std::thread::scope(|scope| {
@@ -555,6 +555,7 @@ fn a_supervisor_that_dies_while_others_are_in_reserve_loses_nothing() {
             if words[..2].iter().all(|words| words.contains("reserve")) { Ok(()) } else { Err(words) }
         });
         process::end(web.home.supervisor());
+        web.home.write("go", "");
         reload.join().unwrap()
     });
     load.more(300);

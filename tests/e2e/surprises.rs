@@ -7,8 +7,10 @@ use super::support::{Home, PATIENT, SOON, free_port, process, wait_until};
 const SERVER: &str = "require('http').createServer((q, r) => r.end('ok')).listen(process.env.PORT);\n";
 
 /// Boots for a second and takes another one for its end.
-const SLOW: &str = "setTimeout(() => { require('http').createServer((q, r) => r.end('ok')).listen(process.env.PORT); \
-                    process.send('ready'); }, 1000);\n\
+/// Ready when there is a file `go`.
+const SLOW: &str = "const asks = setInterval(() => { if (!require('fs').existsSync('go')) return; clearInterval(asks);\n\
+                    require('http').createServer((q, r) => r.end('ok')).listen(process.env.PORT); \
+                    process.send('ready'); }, 50);\n\
                     process.on('SIGINT', () => setTimeout(() => process.exit(0), 1000));\n";
 
 fn cluster(home: &Home, script: &str, port: u16, more: &str) -> String {
@@ -101,7 +103,9 @@ fn a_script_of_the_same_name_elsewhere_does_not_take_the_place_of_an_app() {
 fn a_stop_during_a_reload_gives_the_new_one_its_time_too() {
     let home = Home::new();
     let file = cluster(&home, SLOW, free_port(), "wait_ready = true");
+    home.write("go", "");
     home.ok(&["start", &file]);
+    std::fs::remove_file(home.work().join("go")).unwrap();
     let reload = Running::start(home.command(&["reload", "web"]), b"");
     wait_until("the new one runs", PATIENT, || {
         let found = home.processes();
