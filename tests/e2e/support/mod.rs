@@ -41,10 +41,16 @@ pub(crate) fn fixture(name: &str) -> String {
     path.to_str().expect("the repository's path is UTF-8").to_owned()
 }
 
-/// A port nobody listens on at the moment, from the kernel.
+/// A port of nobody's, from the kernel, which gives it to nobody else for a minute: a connection to it lies in TIME_WAIT, which
+/// bars port 0 and outgoing connections but not servers that bind it by number with SO_REUSEADDR, as all do.
 pub(crate) fn free_port() -> u16 {
-    let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
-    probe.local_addr().expect("its address").port()
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
+    let address = listener.local_addr().expect("its address");
+    let client = std::net::TcpStream::connect(address).expect("a connection to ourselves");
+    // Whoever closes first keeps its port in TIME_WAIT.
+    drop(listener.accept().expect("that connection"));
+    drop(client);
+    address.port()
 }
 
 /// The first of two neighbours that nobody uses. Not of those that the kernel gives out: it prefers every other one for
