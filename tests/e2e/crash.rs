@@ -303,11 +303,7 @@ fn what_was_lost_with_the_memory_of_supervisors_that_died_quickly_is_found_again
         let port = free_port();
         home.start(&cluster(port, balance));
         let before = home.pids("web");
-        wait_until("it is started without what it remembered", PATIENT, || {
-            process::end(home.supervisor());
-            let run = home.pm(&["list"]);
-            if run.text().contains("without what it remembered") { Ok(()) } else { Err(run) }
-        });
+        home.wear_out_supervisors();
         assert_eq!(home.pids("web"), before);
         let load = Load::start(port, 4, Connections::OnePerRequest);
         load.more(100);

@@ -193,12 +193,7 @@ fn a_supervisor_that_dies_again_and_again_is_started_with_backoff_and_everybody_
     let home = Home::new();
     home.start("[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n");
     let one = process::identity(home.pid("one"));
-    let told = wait_until("it is started without what it remembered", PATIENT, || {
-        // Each dies as soon as it is there.
-        (0..6).for_each(|_| kill_one(&home));
-        let run = home.pm(&["list"]);
-        if run.text().contains("without what it remembered") { Ok(run) } else { Err(run) }
-    });
+    let told = home.wear_out_supervisors();
     told.says("has ended").says("pm.log");
     for command in [&["ping"][..], &["describe", "one"]] {
         home.ok(command).says("without what it remembered");

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::machine::Machine;
 use super::wait::{pause, wait_until};
-use super::{SOON, groups, node, process};
+use super::{PATIENT, SOON, groups, node, process};
 
 /// No command of a test may take longer than this.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -361,6 +361,28 @@ impl Home {
     pub(crate) fn supervisor(&self) -> i32 {
         wait_until("a supervisor runs", SOON, || {
             self.daemon_process("supervisor").ok_or_else(|| self.process_list())
+        })
+    }
+
+    /// Ends supervisors as soon as they run, until one is started without what those before it remembered; returns what
+    /// `pm list` says then.
+    #[track_caller]
+    pub(crate) fn wear_out_supervisors(&self) -> Run {
+        let keeper = self.keeper();
+        let (mut last, mut ended) = (0, 0);
+        // Looks at the keeper's children alone, which is quick on a busy machine too.
+        wait_until("six supervisors have ended", PATIENT, || {
+            let is_new =
+                |pid: &i32| *pid != last && process::cmdline(*pid).iter().any(|arg| arg == "supervisor");
+            if let Some(pid) = process::children(keeper).into_iter().find(is_new) {
+                process::end(pid);
+                (last, ended) = (pid, ended + 1);
+            }
+            if ended < 6 { Err(ended) } else { Ok(()) }
+        });
+        wait_until("one is started without what it remembered", PATIENT, || {
+            let run = self.pm(&["list"]);
+            if run.text().contains("without what it remembered") { Ok(run) } else { Err(run) }
         })
     }
 
