@@ -7,30 +7,29 @@ use std::fmt;
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, BufReader};
 use std::os::fd::AsFd;
-use std::time::Duration;
-
-use interprocess::ConnectWaitMode;
-use interprocess::local_socket::prelude::*;
-use interprocess::local_socket::{ConnectOptions, GenericFilePath, Stream};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use super::codec::{self, CodecError};
 use super::protocol::{Answer, Call, Line, PlanView, Refused, Reply, Request, StepView, VERSION};
 use crate::model::id::OpId;
-use crate::sys::peer;
+use crate::sys::{peer, pipe};
 
-/// How long connecting may take, where the queue of a daemon that does not accept is full.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long connecting may take: a daemon that is flooded by others accepts thousands of them in a second.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a supervisor may say nothing while a call is under way. It speaks every second; with
-/// [`CONNECT_TIMEOUT`], a command ends within five seconds of a daemon that does not answer.
+/// How long a supervisor may say nothing while a call is under way. It speaks every second.
 pub const SILENCE_MAX: Duration = Duration::from_secs(4);
+
+/// Connecting and silence together: a command ends within five seconds of a daemon that does not answer.
+const PATIENCE: Duration = Duration::from_millis(4_500);
 
 /// Large enough that a list of a hundred apps takes a handful of reads.
 const BUFFER: usize = 128 * 1024;
 
 /// A connection to a supervisor.
 pub struct Connection {
-    stream: BufReader<Stream>,
+    stream: BufReader<UnixStream>,
     line: Vec<u8>,
 }
 
@@ -77,17 +76,12 @@ impl Connection {
     /// # Errors
     /// `NotFound` and `ConnectionRefused` mean that there is no daemon, `TimedOut` that it does not accept.
     pub fn open(path: &std::path::Path) -> io::Result<Self> {
-        let stream = ConnectOptions::new()
-            .name(path.to_fs_name::<GenericFilePath>()?)
-            .wait_mode(ConnectWaitMode::Timeout(CONNECT_TIMEOUT))
-            .connect_sync()
-            // A full queue of a unix socket is EAGAIN (connect(2)), which is the same news as a timeout.
-            .map_err(|error| match error.kind() {
-                io::ErrorKind::WouldBlock => io::Error::from(io::ErrorKind::TimedOut),
-                _ => error,
-            })?;
-        stream.set_recv_timeout(Some(SILENCE_MAX))?;
-        stream.set_send_timeout(Some(SILENCE_MAX))?;
+        let begun = Instant::now();
+        let stream = pipe::stream_connect(path, CONNECT_TIMEOUT)?;
+        let took = Instant::now().saturating_duration_since(begun);
+        let silence = PATIENCE.saturating_sub(took).clamp(Duration::from_secs(1), SILENCE_MAX);
+        stream.set_read_timeout(Some(silence))?;
+        stream.set_write_timeout(Some(silence))?;
         Ok(Self { stream: BufReader::with_capacity(BUFFER, stream), line: Vec::new() })
     }
 
@@ -96,8 +90,7 @@ impl Connection {
     /// # Errors
     /// As getsockopt(2).
     pub fn server_uid(&self) -> io::Result<u32> {
-        let Stream::UdSocket(socket) = self.stream.get_ref();
-        peer::uid_of(socket.as_fd())
+        peer::uid_of(self.stream.get_ref().as_fd())
     }
 
     /// Asks, passes on what is said meanwhile, and returns the end.

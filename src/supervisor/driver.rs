@@ -1281,19 +1281,31 @@ impl Driver {
         Ok(infos)
     }
 
-    fn warnings(&self) -> Vec<String> {
+    /// What people should know whichever app they ask about.
+    fn daemon_warnings(&self) -> Vec<String> {
         let unsaved = self.fleet.unsaved().map(|why| {
             format!(
                 "the list on disk is not this one: {why}. What was stopped or deleted since would start again after a \
                  reboot. It is tried again every 2 s"
             )
         });
-        self.warnings.iter().cloned().chain(self.world.warnings()).chain(unsaved).collect()
+        self.warnings.iter().cloned().chain(unsaved).collect()
+    }
+
+    /// What people should know about the daemon and all of its apps.
+    fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.daemon_warnings();
+        warnings.extend(self.world.warnings());
+        warnings
     }
 
     fn publish(&mut self, question: Question, targets: &[String], replies: &Replies) -> Result<(), Refused> {
         let slots = self.slots(targets)?;
-        let warnings = self.warnings();
+        let warnings = match question {
+            // Each instance has notes of its own.
+            Question::Describe(_) => self.daemon_warnings(),
+            Question::List { .. } | Question::Jlist(_) => self.warnings(),
+        };
         let job = Job { question, slots, warnings, now: clock::now(), replies: replies.clone() };
         if let Question::List { figures: false } = question {
             self.publisher.ask(job);

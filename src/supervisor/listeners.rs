@@ -6,6 +6,7 @@ use std::io;
 use std::net::Ipv6Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::fnv;
 use super::steering::Steering;
@@ -14,7 +15,7 @@ use crate::model::id::{AppName, Slot};
 use crate::model::spec::{AppSpec, ListenAddress, ListenSpec};
 use crate::sys::holder;
 use crate::sys::listen::{self, Stack};
-use crate::sys::reuseport;
+use crate::sys::{pipe, reuseport};
 
 /// Stands for a text that is too long for the keeper's names.
 fn digest(text: &str) -> u64 {
@@ -347,7 +348,8 @@ fn bind_unix(path: &Path, backlog: u32) -> io::Result<OwnedFd> {
 }
 
 fn is_left_over(path: &Path) -> bool {
-    std::os::unix::net::UnixStream::connect(path)
+    // One whose queue is full is somebody's.
+    pipe::stream_connect(path, Duration::from_millis(100))
         .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 

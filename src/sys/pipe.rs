@@ -7,7 +7,9 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::fcntl::{OFlag, SpliceFFlags, tee};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -114,6 +116,21 @@ pub fn packet_connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket.into())
 }
 
+/// Connects to a listener for streams; waits for a place in its queue no longer than `patience`.
+///
+/// # Errors
+/// `TimedOut` when its queue stays full; NotFound and ConnectionRefused when there is none; see connect(2).
+pub fn stream_connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Bounds connect(2) too, which then says EAGAIN (unix(7)). A socket that does not wait would say so at once.
+    socket.set_write_timeout(Some(patience))?;
+    match socket.connect(&SockAddr::unix(path)?) {
+        Ok(()) => Ok(OwnedFd::from(socket).into()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(io::ErrorKind::TimedOut.into()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Makes reads and writes on this open file description return instead of waiting.
 ///
 /// # Errors
@@ -162,6 +179,35 @@ mod tests {
         assert!(is_nonblocking(&ours) && !is_nonblocking(&theirs));
         let (ours, theirs) = channel_pair().unwrap();
         assert!(is_nonblocking(&ours) && !is_nonblocking(&theirs));
+    }
+
+    #[test]
+    fn a_connection_waits_for_a_place_in_a_full_queue_but_not_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let patience = Duration::from_millis(100);
+        let mut places = Vec::new();
+        let error = loop {
+            match stream_connect(&path, patience) {
+                Ok(stream) => places.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(!places.is_empty());
+        // A place that becomes free is taken.
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || stream_connect(&path, Duration::from_secs(60))
+        });
+        listener.accept().unwrap();
+        waiting.join().unwrap().unwrap();
+        drop(listener);
+        let error = stream_connect(&path, patience).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[test]

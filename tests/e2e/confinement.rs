@@ -165,7 +165,8 @@ fn without_root_another_user_is_refused_and_the_error_says_what_would_work() {
     assert_eq!(refused.code, 1, "{refused:?}");
     refused.says("cannot run as `daemon`: the daemon runs as `nobody`").says("sudo pm startup");
     // Who it is already, it may be.
-    home.ecosystem("[[apps]]\nname = 'own'\nscript = 'sleep'\nargs = ['1000']\nuser = 'nobody'\nnice = 5\n");
+    // As nice as it gets, should this test itself be nice.
+    home.ecosystem("[[apps]]\nname = 'own'\nscript = 'sleep'\nargs = ['1000']\nuser = 'nobody'\nnice = 19\n");
     assert_eq!(pm(&["start", "ecosystem.toml"]).code, 0);
     home.ecosystem("[[apps]]\nname = 'first'\nscript = 'sleep'\nargs = ['1000']\nnice = -5\n");
     let refused = pm(&["start", "ecosystem.toml"]);

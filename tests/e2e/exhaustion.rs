@@ -1,15 +1,17 @@
 //! Nothing left: of descriptors, processes, memory, room in /tmp or patience. The daemon refuses politely and lives, the
 //! apps serve, and afterwards everything is as before.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 
 use super::support::home::{Run, Running, run};
@@ -163,18 +165,43 @@ fn pain_16_on_emfile_a_spawn_fails_with_backoff_and_the_daemon_lives() {
     home.ok(&["start", "sleep", "--name", "other", "--", "1000"]);
     let before = Alive::of(&home);
     let other = home.pid("other");
-    // No number below is free, so that it gets no descriptor at all.
-    let open = process::descriptors(before.supervisor);
-    let lowest = (0..).find(|number| !open.contains_key(number)).unwrap();
-    limit(&home, before.supervisor, &format!("--nofile={lowest}:"));
+    // It keeps what it has and gets nothing more, not even in the place of what it closes.
+    limit(&home, before.supervisor, "--nofile=3:");
+    let killed = Instant::now();
     process::signal(before.app, Signal::SIGKILL);
-    home.log_file_with("Too many open files");
+    wait_until("it is tried four times", PATIENT, || {
+        let log = fs::read_to_string(home.path().join("pm.log")).unwrap();
+        if log.matches("Too many open files").count() >= 4 { Ok(()) } else { Err(log) }
+    });
+    // At once, then after 100 ms × (1 + 1.5 + 1.5²), less a tenth.
+    let took = Instant::now().duration_since(killed);
+    assert!(took >= Duration::from_millis(427), "{took:?}");
     assert_eq!((home.keeper(), home.supervisor()), (before.keeper, before.supervisor));
     assert!(process::alive(other), "the other app runs on");
     limit(&home, before.supervisor, "--nofile=20000:");
     let row = home.wait_row("job", "it runs again", |row| row.status == "online" && row.pid != before.app);
     assert!(row.restarts >= 1);
     assert_eq!(home.supervisor(), before.supervisor);
+}
+
+#[test]
+fn pain_16_without_memory_a_spawn_fails_with_backoff_and_the_daemon_lives() {
+    let home = Home::new();
+    home.start(SLEEPER);
+    home.ok(&["start", "sleep", "--name", "other", "--", "1000"]);
+    let before = Alive::of(&home);
+    let other = home.pid("other");
+    // Less than it has: nothing can be mapped any more, by the keeper or by what it starts.
+    limit(&home, before.keeper, "--as=1000000:");
+    process::signal(before.app, Signal::SIGKILL);
+    home.wait_row("job", "it waits for its next try", |row| row.status == "waiting restart" && row.restarts >= 3);
+    home.exits(1, &["start", "sleep", "--name", "new", "--", "1000"]).says("error: cannot start");
+    assert_eq!((home.keeper(), home.supervisor()), (before.keeper, before.supervisor));
+    assert!(process::alive(other), "the other app runs on");
+    limit(&home, before.keeper, "--as=unlimited:");
+    home.wait_status("job", "online");
+    home.wait_status("new", "online");
+    assert_eq!(home.keeper(), before.keeper);
 }
 
 /// Runs `pm` as a user without any privilege, who may execute a copy of it.
@@ -337,6 +364,51 @@ fn floods_of_clients_that_say_nothing_say_half_or_never_read_keep_nobody_out() {
 }
 
 #[test]
+fn a_flood_of_10_000_connections_holds_commands_up_and_none_fails_but_politely() {
+    let home = Home::new();
+    home.start(SLEEPER);
+    let before = Alive::of(&home);
+    let socket = home.path().join("pm.sock");
+    let at_rest = process::descriptors(before.supervisor).len();
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    // As many as possible at the same time: far more than the daemon takes, and than wait in its queue.
+    let each = usize::try_from(hard.saturating_sub(500).min(10_000) / 4).unwrap();
+    let floods: Vec<_> = (0..4)
+        .map(|_| {
+            let socket = socket.clone();
+            std::thread::spawn(move || {
+                let mut held = VecDeque::new();
+                for _ in 0..2_500 {
+                    held.push_back(UnixStream::connect(&socket).unwrap());
+                    if held.len() > each {
+                        held.pop_front();
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut answered = 0;
+    while !floods.iter().all(std::thread::JoinHandle::is_finished) {
+        let run = home.pm(&["list"]);
+        assert!(run.took <= secs(6), "{run:?}");
+        match run.code {
+            0 => answered += 1,
+            _ => assert_eq!(run.code, 4, "{:?}", run.says("not responding")),
+        }
+    }
+    floods.into_iter().for_each(|flood| flood.join().unwrap());
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+    assert!(answered > 0);
+    home.ok(&["restart", "job"]);
+    wait_until("as many descriptors as before", PATIENT, || {
+        let now = process::descriptors(before.supervisor).len();
+        if now <= at_rest + 2 { Ok(()) } else { Err((at_rest, now)) }
+    });
+    assert_eq!((home.keeper(), home.supervisor()), (before.keeper, before.supervisor));
+}
+
+#[test]
 fn a_program_that_cannot_be_started_is_tried_again_ever_more_slowly() {
     let home = Home::new();
     let script = home.write("job.sh", "#!/bin/sh\nexec sleep 1000\n");
@@ -349,9 +421,9 @@ fn a_program_that_cannot_be_started_is_tried_again_ever_more_slowly() {
         home.wait_row("job", "it waits", |row| row.status == "waiting restart" && row.restarts >= least)
     };
     // Half a dozen tries take 100 ms × (1.5⁰ + … + 1.5⁵), less a tenth: without backoff they would take none.
-    let from = std::time::Instant::now();
+    let from = Instant::now();
     tried(6);
-    let took = std::time::Instant::now().duration_since(from);
+    let took = Instant::now().duration_since(from);
     assert!(took >= Duration::from_millis(600), "{took:?}");
     fs::rename(format!("{script}.away"), &script).unwrap();
     home.wait_status("job", "online");

@@ -35,11 +35,11 @@ fn pain_25_exponential_backoff_is_on_by_default() {
     start_failing(&home, "");
     let gaps = wait_gaps(&home, 6);
     assert!(gaps[0] < 90, "at once: {gaps:?}");
-    // 100 ms × 1.5ⁿ, ± 10 %; what a start costs comes on top.
+    // 100 ms × 1.5ⁿ, ± 10 %; what a start costs on a busy machine comes on top.
     for (n, step) in [100, 150, 225, 337, 506].into_iter().enumerate() {
         let gap = gaps[n + 1];
         assert!(gap >= step * 88 / 100, "gap {} of {gaps:?}", n + 1);
-        assert!(gap <= step * 112 / 100 + 120, "gap {} of {gaps:?}", n + 1);
+        assert!(gap <= step * 112 / 100 + 400, "gap {} of {gaps:?}", n + 1);
     }
     let row = home.wait_status("app", "waiting restart");
     assert_eq!(row.pid, 0, "no stale pid");

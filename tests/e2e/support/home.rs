@@ -190,16 +190,6 @@ impl Home {
         })
     }
 
-    /// Waits until the daemon's own log holds a text.
-    #[track_caller]
-    pub(crate) fn log_file_with(&self, wanted: &str) -> String {
-        wait_until(&format!("{wanted:?} in pm.log"), SOON, || {
-            let bytes = fs::read(self.path().join("pm.log")).unwrap_or_default();
-            let log = String::from_utf8_lossy(&bytes).into_owned();
-            if log.contains(wanted) { Ok(log) } else { Err(log) }
-        })
-    }
-
     /// Waits until a file of the working directory holds a text, and returns all of it.
     #[track_caller]
     pub(crate) fn file_with(&self, name: &str, wanted: &str) -> String {
