@@ -132,9 +132,12 @@ while sum(kills.values()) < options.kills and not wrong:
     # A few undisturbed, then one with a kill in its middle.
     for _ in range(rng.randint(0, 2)):
         words, after = choose()
-        child = pm(*words)
-        said = child.communicate()[0].decode()
-        commands += 1
+        said, deadline = " is going on", time.monotonic() + 20
+        # What a kill has interrupted may still be going on.
+        while " is going on" in said and time.monotonic() < deadline:
+            child = pm(*words)
+            said = child.communicate()[0].decode()
+            commands += 1
         if child.returncode != 0:
             wrong.append(f"{words}: {child.returncode}: {said}")
             break

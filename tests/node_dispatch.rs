@@ -511,6 +511,31 @@ fn an_address_in_use_is_told_as_node_tells_it() {
     }
 }
 
+/// A listener that nobody needs is closed here first and at the keeper a moment later. Whoever asked for its address in
+/// between was told that it is in use, by nobody: bench/kills.py found a worker that had ended for it.
+#[test]
+fn an_address_that_the_keeper_has_not_let_go_yet_is_waited_for() {
+    for balance in BALANCES {
+        let port = free_port().to_string();
+        let mut world = World::new(Path::new("node"));
+        let one = instance("one", 0, 1);
+        let child = world.worker(&one, balance, &["inUse", &port]);
+        world.message(&one, "again");
+        world.children[child].kill().unwrap();
+        world.wait_event("its end", |event| matches!(event, DispatchEvent::ChannelClosed { .. }));
+        world.handle.send(Command::CloseListeners { app: app("one"), keys: None });
+        let two = instance("two", 0, 1);
+        world.worker(&two, balance, &["inUse", &port]);
+        world.wait_event("a worker", |event| matches!(event, DispatchEvent::Online { id } if *id == two));
+        // It asks now; most likely before the keeper's copy is closed.
+        std::thread::park_timeout(Duration::from_millis(100));
+        world.log.0.lock().unwrap().kept.clear();
+        // It has got its first listener, so that the second is in use.
+        let said = world.wait("an answer", |log| log.messages(&two).into_iter().next());
+        assert_eq!(said["second"], "EADDRINUSE", "{balance:?}: {said}");
+    }
+}
+
 fn free_port() -> u16 {
     let socket = std::net::TcpListener::bind("[::]:0").unwrap();
     socket.local_addr().unwrap().port()

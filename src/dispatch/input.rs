@@ -21,6 +21,11 @@ const BUFFERS_PER_TURN: usize = 16;
 /// end there.
 const UNFINISHED: Duration = Duration::from_secs(1);
 
+/// The keeper closes a listener a moment after us. Whoever asks for the same address within this time …
+const CLOSED_LATELY: Duration = Duration::from_secs(1);
+/// … gets it when it is free, which is looked at this often.
+const ADDRESS_RETRY: Duration = Duration::from_millis(5);
+
 /// How long the name of a listener and the TLS keys that go with it may be: our answer has to go in one piece.
 const LISTENER_MAX: usize = 8 * 1024;
 
@@ -62,6 +67,8 @@ enum After {
         /// The listeners that were bound for it.
         made: Vec<ListenerIx>,
     },
+    /// It is read again.
+    Again,
 }
 
 /// What to do with a line.
@@ -238,6 +245,7 @@ impl Dispatcher {
         }
         match (then, outcome) {
             (After::Nothing, _) => {}
+            (After::Again, _) => return self.pump(serial),
             (After::Grant { listener, query, .. }, Ok(())) => {
                 self.open(serial, listener, query.clone());
                 self.grant(serial, listener, &query);
@@ -424,6 +432,11 @@ impl Dispatcher {
             QueryAnswer::Existing(listener) => (listener, Vec::new()),
             QueryAnswer::Bind(place) => match self.bind(serial, &query, &place) {
                 Ok((listener, new)) => (listener, new),
+                Err(errno) if errno == -(Errno::EADDRINUSE as i32) && self.closed_lately() => {
+                    let token = self.next_token();
+                    self.at(self.now + ADDRESS_RETRY, Deadline::Again(token));
+                    return Verdict::Hold(token, After::Again);
+                }
                 Err(errno) => {
                     self.refuse(serial, &query, errno);
                     return Verdict::Consume;
@@ -437,6 +450,11 @@ impl Dispatcher {
         let open = OpenListener { key, query: query.clone(), listening: false };
         self.emit(DispatchEvent::Opened { id, open, new, token });
         Verdict::Hold(token, After::Grant { listener, query, made })
+    }
+
+    /// Whether an address that is in use may be so only because the keeper has not closed it yet.
+    fn closed_lately(&self) -> bool {
+        self.closed_at.is_some_and(|at| self.now < at + CLOSED_LATELY)
     }
 
     fn listening(&mut self, serial: u64, message: &Query) -> Verdict {

@@ -346,6 +346,7 @@ impl Dispatcher {
             self.leave_group(listener, seat);
         }
         let Some(socket) = self.sockets.remove(&listener) else { return };
+        self.closed_at = Some(self.now);
         if let Some(app) = self.apps.get_mut(&socket.app) {
             app.primary.remove_listener(listener);
         }

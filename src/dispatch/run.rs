@@ -139,6 +139,8 @@ pub(super) enum Deadline {
     Inherited(u64, Moment),
     /// The beginning of a line has waited long enough.
     Unfinished(u64),
+    /// A line that could not be answered is read again.
+    Again(Token),
     /// Enough waiting before a freeze.
     Freeze,
 }
@@ -183,6 +185,8 @@ pub(super) struct Dispatcher {
     /// Numbers channels, apps, listeners, tokens and deadlines.
     serial: u64,
     pub(super) now: Moment,
+    /// When a listener was closed the last time.
+    pub(super) closed_at: Option<Moment>,
     pub(super) peeked: Vec<u8>,
     pub(super) scratch: Vec<u8>,
     /// Bytes of user messages that the driver has not dropped yet.
@@ -245,6 +249,7 @@ impl Dispatcher {
             flow: Flow::Running,
             serial: 0,
             now: clock(),
+            closed_at: None,
             peeked: vec![0; 64 * 1024],
             scratch: vec![0; 64 * 1024],
             messages_waiting: Arc::default(),
@@ -676,6 +681,7 @@ impl Dispatcher {
                         self.pump(serial);
                     }
                 }
+                Deadline::Again(token) => self.recorded(token, Ok(())),
                 Deadline::Freeze => self.freeze(),
             }
         }
@@ -817,6 +823,8 @@ impl Dispatcher {
     /// our memory, and its channel must be read for the sake of what else is in it.
     pub(super) fn user_message(&mut self, serial: u64, bytes: &[u8], length: u64) {
         let Some(channel) = self.channels.get_mut(&serial) else { return };
+        // bench/kills.py and bench/upgrade.py count these.
+        tracing::trace!(instance = %channel.id, length, "message of the app");
         match Message::new(bytes, length, &self.messages_waiting) {
             Some(message) => {
                 let id = channel.id.clone();

@@ -44,6 +44,31 @@ pub fn seq_of(line: &[u8]) -> Option<u64> {
     serde_json::from_slice::<Numbered>(line).ok().map(|line| line.seq)
 }
 
+/// Operations that have begun, and whose end is not among the last lines, in the words of the file.
+#[must_use]
+pub fn unended_operations(path: &Path) -> Vec<String> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        event: String,
+        op: Option<String>,
+    }
+    let tail = || {
+        let mut file = File::open(path).ok()?;
+        let len = file.metadata().ok()?.len();
+        tail_of(&mut file, len).ok()
+    };
+    let mut unended = Vec::new();
+    for line in tail().unwrap_or_default().split(|&byte| byte == b'\n') {
+        let Ok(Line { event, op: Some(op) }) = serde_json::from_slice(line) else { continue };
+        match event.as_str() {
+            "operation_begun" => unended.push(op),
+            "operation_ended" => unended.retain(|known| *known != op),
+            _ => {}
+        }
+    }
+    unended
+}
+
 impl EventFile {
     /// Opens the file for appending, and says which number its last line has. What a writer left unfinished that died in
     /// the middle of a line is cut off.
@@ -150,6 +175,22 @@ mod tests {
         assert_eq!(last, Some(2));
         file.append(&line(3)).unwrap();
         assert_eq!(numbers(&path), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_began_and_did_not_end_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        assert!(unended_operations(&path).is_empty());
+        let (mut file, _) = EventFile::open(&path, FILE_MAX).unwrap();
+        for (event, op) in [("begun", "0a"), ("begun", "0b"), ("ended", "0a"), ("begun", "0c")] {
+            file.append(
+                format!("{{\"seq\":1,\"event\":\"operation_{event}\",\"op\":\"{op}\"}}\n").as_bytes(),
+            )
+            .unwrap();
+        }
+        file.append(b"{\"seq\":2,\"event\":\"operation_en").unwrap();
+        assert_eq!(unended_operations(&path), ["0b", "0c"]);
     }
 
     #[test]

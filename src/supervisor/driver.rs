@@ -105,6 +105,8 @@ pub enum Input {
         app: AppName,
         /// Which.
         key: String,
+        /// Which time.
+        closing: u64,
     },
 }
 
@@ -691,8 +693,8 @@ impl Driver {
                 }
                 self.world.dispatched(event)
             }
-            Input::PerhapsUnused { app, key } => {
-                if self.runs_undisturbed(&app) {
+            Input::PerhapsUnused { app, key, closing } => {
+                if self.world.was_last_closing(&app, &key, closing) && self.runs_undisturbed(&app) {
                     self.world.close_if_unused(&app, &key);
                 }
                 None

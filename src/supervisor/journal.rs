@@ -164,6 +164,26 @@ impl Journal {
         self.add(line);
     }
 
+    /// What was remembered is lost, and with it who was to tell the end of these operations.
+    pub fn lost(&mut self, at: Moment, ops: &[String]) {
+        let told: Vec<String> = self.pending.iter().map(|(_, line)| line.to_string()).collect();
+        for op in ops {
+            let is_end = |line: &String| line.contains("\"operation_ended\"") && line.contains(op.as_str());
+            if told.iter().any(is_end) {
+                continue;
+            }
+            let mut line = self.line(at);
+            line.put("event", "operation_ended");
+            line.put("op", op.as_str());
+            line.put("ok", false);
+            line.put(
+                "refused",
+                "the daemon was killed in the middle of it; what was begun is finished or undone",
+            );
+            self.add(line);
+        }
+    }
+
     /// Something that concerns the daemon itself.
     pub fn daemon(&mut self, at: Moment, event: &str, fields: Value) {
         let mut line = self.line(at);
@@ -361,11 +381,12 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::ipc::protocol::OperationView;
     use crate::model::id::{AppName, Generation, InstanceId, PmId, Slot};
     use crate::model::saved::HookKind;
     use crate::policy::news::Subject;
     use crate::policy::vocabulary::StepKind;
-    use crate::store::events::{FILE_MAX, seq_of};
+    use crate::store::events::{FILE_MAX, seq_of, unended_operations};
 
     fn news(what: What) -> News {
         let app = AppName::new("api").unwrap();
@@ -396,6 +417,40 @@ mod tests {
         let time = first["time"].as_str().unwrap();
         assert!(time.len() == 27 && time.parse::<Timestamp>().is_ok(), "{time}");
         assert_eq!((&lines[1]["event"], &lines[1]["seq"]), (&json!("in_rotation"), &json!(2)));
+    }
+
+    #[test]
+    fn operations_of_a_daemon_that_was_killed_get_an_end_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.jsonl");
+        let mut journal = Journal::start(path.clone(), FILE_MAX, None).unwrap();
+        for op in [1, 2] {
+            journal.begun(clock::now(), OpId(op), "stop", &["api".to_owned()]);
+        }
+        journal.hand_over();
+        drop(journal);
+        let lost = unended_operations(&path);
+        assert_eq!(lost, ["0000000000000001", "0000000000000002"]);
+        // The blob had the end of one, which the file does not have yet.
+        let mut before = Journal::start(path.clone(), FILE_MAX, None).unwrap();
+        before.ended(clock::now(), OpId(2), &Ok(OperationView { ok: true, apps: Vec::new() }));
+        let memo = before.memo();
+        let mut journal = Journal::start(path.clone(), FILE_MAX, Some(memo)).unwrap();
+        journal.lost(clock::now(), &lost);
+        journal.hand_over();
+        drop(journal);
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(
+            text.matches("\"operation_ended\",\"op\":\"0000000000000001\",\"ok\":false").count(),
+            1,
+            "{text}"
+        );
+        assert_eq!(
+            text.matches("\"operation_ended\",\"op\":\"0000000000000002\",\"ok\":true").count(),
+            1,
+            "{text}"
+        );
+        assert_eq!(text.lines().count(), 4);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod blob;
 pub mod blob_memory;
+pub mod closings;
 mod details;
 pub mod driver;
 mod figures;

@@ -38,7 +38,7 @@ use crate::model::foreground::Foreground;
 use crate::model::saved::{Memo, SavedFleet};
 use crate::model::signal::Signal;
 use crate::policy::fleet::{Fleet, Settings};
-use crate::store::events::FILE_MAX;
+use crate::store::events::{FILE_MAX, unended_operations};
 use crate::store::paths::{Home, user_name};
 use crate::store::state::{Loaded, StateError, StateStore};
 use crate::sys::cgroup::root::{ROOT_VARIABLE, Root};
@@ -213,6 +213,7 @@ where
         None => (None::<Memo>, Vec::new(), Vec::new(), None, None),
     };
     let mut operations = Operations::default();
+    let lost = if asked.is_none() { unended_operations(&home.events()) } else { Vec::new() };
     let kills = operations.adopt(asked, &loaded.state.fleet);
     let legacy = Legacy { children, held, channels, listeners, told, remembered: known };
     if legacy.children.is_empty()
@@ -232,6 +233,7 @@ where
     let event = if hello.last_death.is_some() { "supervisor_restarted" } else { "daemon_started" };
     let pids = serde_json::json!({ "pid": std::process::id(), "daemon_pid": keeper, "deaths": hello.deaths });
     journal.daemon(clock::now(), event, pids);
+    journal.lost(clock::now(), &lost);
     let publisher = Publisher::start(keeper.cast_signed()).map_err(step("start the publisher"))?;
     let upgrades = Upgrades::new(hello.upgrade.clone());
     let driver = Driver::new(Parts {

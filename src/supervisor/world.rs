@@ -22,6 +22,7 @@ use tokio::task::AbortHandle;
 
 use super::blob::{Blob, ChannelMemo, ListenerMemo, ToldMemo};
 use super::blob_memory::BlobMemory;
+use super::closings::Closings;
 use super::driver::Input;
 use super::journal::Journal;
 use super::launch::{self, FIRST_FD};
@@ -165,6 +166,7 @@ pub struct World {
     waiting: Vec<oneshot::Sender<()>>,
     /// Listeners that workers asked for, by app and key.
     cluster_listeners: BTreeMap<(AppName, String), ListenerMemo>,
+    closings: Closings,
     /// `listen_timeout` of each app, for messages.
     listen_timeouts: HashMap<AppName, Duration>,
     recent: VecDeque<InstanceId>,
@@ -275,6 +277,7 @@ impl World {
             unheld: Vec::new(),
             waiting: Vec::new(),
             cluster_listeners: BTreeMap::new(),
+            closings: Closings::default(),
             listen_timeouts: HashMap::new(),
             recent: VecDeque::new(),
             boot_ms: boot_ms_now(),
@@ -590,13 +593,19 @@ impl World {
 
     /// The last worker of an app has closed a listener that it had asked for. Most likely it is about to exit, and its
     /// successor wants the port with the clients that wait there.
-    pub fn look_later(&self, app: AppName, key: String) {
+    pub fn look_later(&mut self, app: AppName, key: String) {
+        let closing = self.closings.note(&app, group_of(&key));
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
             tokio::time::sleep(LISTENER_LINGER).await;
             // Fails only when the driver has ended.
-            let _ = inputs.send(Input::PerhapsUnused { app, key });
+            let _ = inputs.send(Input::PerhapsUnused { app, key, closing });
         });
+    }
+
+    /// Whether a listener was not opened and closed once more since.
+    pub fn was_last_closing(&mut self, app: &AppName, key: &str, closing: u64) -> bool {
+        self.closings.was_last(app, group_of(key), closing)
     }
 
     /// Closes a listener that no worker has open: its port is free for others, as with a genuine primary.

@@ -43,6 +43,7 @@ use crate::ipc::protocol::{
     Answer, AppResult, Failure, ListView, OperationView, PlanView, Refused, Request, Verb,
 };
 use crate::model::id::AppName;
+use crate::store::state;
 
 /// Runs a command; returns the exit code where that is no error's.
 ///
@@ -284,5 +285,14 @@ fn nothing_there(targets: &[String], context: &mut Context) -> Result<(), CliErr
         return Ok(());
     }
     let target = targets.iter().find(|target| *target != "all").cloned().unwrap_or_default();
-    Err(CliError::NoSuchApp { target })
+    Err(not_there(&target, context))
+}
+
+/// Why there is no such app where there is no daemon: there is none at all, or nobody looks after those there are.
+fn not_there(target: &str, context: &Context) -> CliError {
+    if state::remembers_apps(&context.home.state()) {
+        CliError::NoDaemon { home: context.home.dir().to_owned() }
+    } else {
+        CliError::NoSuchApp { target: target.to_owned() }
+    }
 }

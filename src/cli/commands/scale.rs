@@ -1,6 +1,6 @@
 //! `pm scale`.
 
-use super::{Wording, apps_of, operate, show_table};
+use super::{Wording, apps_of, not_there, operate, show_table};
 use crate::cli::Context;
 use crate::cli::args::Scale;
 use crate::cli::error::CliError;
@@ -9,7 +9,7 @@ use crate::ipc::protocol::{Request, ScaleTo};
 pub(super) fn run(args: &Scale, context: &mut Context) -> Result<(), CliError> {
     let to = parse(&args.number)?;
     let Some(mut session) = context.session()? else {
-        return Err(CliError::NoSuchApp { target: args.target.clone() });
+        return Err(not_there(&args.target, context));
     };
     let request = Request::Scale { target: args.target.clone(), to };
     let done = operate(request, &Wording { verb: "scale" }, args.waiting.no_wait, &mut session, context)?;
