@@ -74,7 +74,7 @@ fn next_daemon(home: &Home, before: (i32, i32)) -> (i32, i32) {
 #[test]
 fn a_killed_keeper_is_replaced_and_every_app_keeps_its_pid_and_its_connections() {
     let home = Home::new();
-    home.write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n");
+    home.write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.05; done\n");
     home.write(
         "server.js",
         "require('http').createServer((q, r) => r.end(String(process.pid))).listen(+process.env.PORT, '127.0.0.1');",

@@ -251,7 +251,7 @@ fn pain_16_descriptors_and_threads_are_the_same_after_hundreds_of_crashes_and_ro
     home.ecosystem(
         "[[apps]]\nname = 'crash'\nscript = 'sh'\nargs = ['-c', 'echo word; exit 1']\ninstances = 4\n\
          exec_mode = 'fork'\nrestart_delay = 1\nmax_restarts = 100000\n\
-         [[apps]]\nname = 'talk'\nscript = 'sh'\nargs = ['-c', 'while echo word; do sleep 0.01; done']\n",
+         [[apps]]\nname = 'talk'\nscript = 'sh'\nargs = ['-c', 'while echo word; do sleep 0.1; done']\n",
     );
     home.ok(&["start", "ecosystem.toml", "--no-wait"]);
     let (keeper, supervisor) = (home.keeper(), home.supervisor());
