@@ -72,6 +72,7 @@ fn state(number: u32) -> State {
             reserved: Generation(u64::from(number)),
             revision: 1,
             before: 0,
+            behind: false,
         };
         state.fleet.apps.push(SavedApp {
             spec: Arc::new(AppSpec::new(name.clone(), command, PathBuf::from("/srv/app"))),

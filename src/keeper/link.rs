@@ -6,11 +6,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use super::claim::{CLAIM, Claim};
 use super::handover::{self, PREDECESSOR};
 use super::mirror::{Mirror, Sought};
 use super::packet::{Incoming, Packets};
 use super::wire::{
-    ChildState, Command, FRAME_MAX, FromKeeper, HeldFds, Hello, Spawn, ToKeeper, VERSION, WireError,
+    ChildState, Command, FRAME_MAX, FromKeeper, HeldFds, Hello, Spawn, ToKeeper, UpgradeState, VERSION,
+    WireError,
 };
 use crate::sys::{clock, exec, fdpass, memfd, poll};
 
@@ -38,6 +40,9 @@ pub enum LinkError {
     /// The keeper said nothing for too long.
     #[error("keeper does not answer")]
     Silent,
+    /// The keeper died in the middle of an upgrade, and the supervisor before this one goes on.
+    #[error("the keeper is gone, and the supervisor before this one goes on")]
+    Superseded,
     /// The socket failed.
     #[error("cannot {step}")]
     Io {
@@ -56,6 +61,8 @@ pub enum LinkError {
 pub struct Link {
     packets: Packets,
     mirror: Mirror,
+    /// What decides between this supervisor and the one that is to replace it.
+    claim: Option<Claim>,
 }
 
 /// Everything the keeper has, as of the handshake. Changes follow as frames.
@@ -116,7 +123,7 @@ impl Link {
     /// A link over this packet socket.
     #[must_use]
     pub fn new(socket: OwnedFd) -> Self {
-        Self { packets: Packets::new(socket), mirror: Mirror::default() }
+        Self { packets: Packets::new(socket), mirror: Mirror::default(), claim: None }
     }
 
     /// Greets the keeper and takes the inventory. Waits for the keeper.
@@ -175,18 +182,51 @@ impl Link {
         let hello = greeting.ok_or(LinkError::Wire(WireError::Value("order of frames")))?;
         let predecessor = held.iter().position(|(name, _)| name == PREDECESSOR);
         let predecessor = predecessor.map(|index| held.swap_remove(index).1);
+        if let Some(index) = held.iter().position(|(name, _)| name == CLAIM) {
+            let claim = Claim::of(held.swap_remove(index).1);
+            // After a trial that failed the one before it is gone, and so is the claim.
+            let contested = hello.upgrade.as_ref().is_some_and(|last| last.state == UpgradeState::Pending);
+            if !claim.take() && contested {
+                return Err(LinkError::Superseded);
+            }
+            self.give_up(CLAIM)?;
+        }
         let inventory = Inventory { hello, children, held };
         self.mirror = Mirror::of(&inventory);
         if let Some(socket) = predecessor {
             // From here on we hold what it holds.
             handover::dismiss(socket);
-            match self.release(PREDECESSOR) {
-                // A keeper that has just died is found to be gone when it is needed.
-                Ok(()) | Err(LinkError::Closed) => {}
-                Err(error) => return Err(error),
-            }
+            self.give_up(PREDECESSOR)?;
         }
         Ok(inventory)
+    }
+
+    /// Releases what was for this process. A keeper that has just died is found to be gone when it is needed.
+    fn give_up(&mut self, name: &str) -> Result<(), LinkError> {
+        match self.release(name) {
+            Ok(()) | Err(LinkError::Closed) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Lets the prepared supervisor have everything; [`FromKeeper::Dismissed`] is the answer.
+    ///
+    /// # Errors
+    /// As for [`Link::try_send`].
+    pub fn go(&mut self) -> Result<(), LinkError> {
+        // Without it only the keeper's death within microseconds would do harm.
+        if let Ok(claim) = Claim::new() {
+            self.hold(CLAIM, None, claim.as_fd())?;
+            self.claim = Some(claim);
+        }
+        self.try_send(&ToKeeper::Go, &[])
+    }
+
+    /// The keeper has died after [`Link::go`]: whether this supervisor is the one that goes on.
+    pub fn goes_on(&mut self) -> bool {
+        let Some(claim) = self.claim.take() else { return true };
+        self.mirror.forget(CLAIM);
+        claim.take()
     }
 
     /// How many descriptors the keeper alone has, because there was no room for a copy of them here.

@@ -170,6 +170,11 @@ impl Mirror {
         self.held.insert(name.to_owned(), Held { fd, owner });
     }
 
+    /// This is of no use to the next keeper.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.release(name);
+    }
+
     fn release(&mut self, name: &str) {
         let owner = self.held.remove(name).and_then(|held| held.owner);
         if let Some(child) = owner.and_then(|pid| self.children.get_mut(&pid)) {

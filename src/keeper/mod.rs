@@ -5,6 +5,7 @@
 //! restarts when the next supervisor is started
 //! link     the supervisor's end of the link
 //! wire     the frames between them        packet   frames with descriptors over a packet socket
+//! claim    which of two supervisors goes on, when this one dies in the middle of an upgrade
 //! children the children and what is held for them: the content of an inventory
 //! mirror   the same, as the supervisor knows it        handover   from there to the next keeper, when this one dies
 //! ```
@@ -14,6 +15,7 @@
 //! supervisor has to know is in the inventory.
 
 mod children;
+mod claim;
 pub mod handover;
 pub mod link;
 pub mod mirror;

@@ -65,6 +65,10 @@ pub struct SavedSlot {
     /// During a reload: the release it had before, to which a failed reload returns it. 0 otherwise.
     #[serde(default)]
     pub before: u64,
+    /// A reload that was given up has left it behind, with what it ran before. One that runs an older release because
+    /// only others were replaced is not behind.
+    #[serde(default)]
+    pub behind: bool,
 }
 
 /// What a slot is meant to do.
@@ -105,6 +109,10 @@ pub struct Memo {
     /// Apps that were deleted although the disk did not take it.
     #[serde(default)]
     pub deleted: Vec<AppName>,
+    /// The last run of each slot that is no more while the disk may still have the slot: its number is not given out
+    /// again.
+    #[serde(default)]
+    pub retired: Vec<InstanceId>,
 }
 
 /// Which of an app's hooks.

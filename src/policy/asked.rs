@@ -192,7 +192,7 @@ impl App {
         let spec = plan.target.as_ref().unwrap_or(present);
         let in_place = match plan.kind {
             Kind::Restart => true,
-            Kind::Reload => !spec.can_overlap(),
+            Kind::Reload => !spec.can_overlap() || spec.reload.max_unavailable.of_down(spec.instances) > 0,
             Kind::Start | Kind::Scale | Kind::Stop | Kind::Delete => false,
         };
         let serves = self.slots.iter().any(|(slot, state)| {

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::id::{AppName, Generation, InstanceId};
+use crate::model::id::{AppName, Generation, InstanceId, Slot};
 use crate::model::moment::Moment;
 use crate::model::saved::{Desired, Memo, SavedFleet};
 use crate::model::spec::AppSpec;
@@ -246,7 +246,23 @@ impl Fleet {
             }
             memo.reloads.extend(app.operation.as_ref().and_then(|operation| operation.memo(&app.name)));
         }
+        if !self.shared.ledger.current {
+            memo.retired.extend(self.retired());
+        }
         memo
+    }
+
+    /// The last run of each slot that is no more.
+    fn retired(&self) -> impl Iterator<Item = InstanceId> + '_ {
+        let is_gone =
+            |app: &AppName, slot: Slot| self.apps.get(app).is_none_or(|app| !app.slots.contains_key(&slot));
+        self.shared.retired.iter().filter(move |((app, slot), _)| is_gone(app, *slot)).map(
+            |((app, slot), next)| InstanceId {
+                app: app.clone(),
+                slot: *slot,
+                generation: Generation(next.saturating_sub(1)),
+            },
+        )
     }
 
     /// Counts the turns that may have changed the memo: the same number twice, the same memo twice.

@@ -350,7 +350,8 @@ impl App {
         let Some(operation) = &self.operation else { return self.unprepared.then(prepares) };
         let kind = match (operation.kind, operation.stage) {
             _ if self.unprepared => return Some(prepares()),
-            (Kind::Start, Stage::Preparing) => HookKind::PreStart,
+            // The save under way may be durable before anybody hears of it.
+            (Kind::Start, Stage::Saving | Stage::Preparing) => HookKind::PreStart,
             (_, Stage::Preparing) if operation.held_back => HookKind::PreStart,
             (Kind::Stop, Stage::Winding) => HookKind::PostStop,
             (Kind::Stop, Stage::Going) if operation.owes_post_stop => HookKind::PostStop,

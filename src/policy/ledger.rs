@@ -61,6 +61,8 @@ pub(super) struct Ledger {
     pub(super) unsaved: Option<String>,
     /// Apps that are on disk because of that, although they are deleted.
     pub(super) deleted: BTreeSet<AppName>,
+    /// The last save succeeded, so that the disk has no slot that is not wanted.
+    pub(super) current: bool,
     saves: u64,
 }
 
@@ -103,6 +105,7 @@ impl Ledger {
                 self.wanted = batch.candidate;
                 // Every save carries the whole state.
                 self.unsaved = None;
+                self.current = true;
                 self.deleted.clear();
                 batch.pending
             }
@@ -114,6 +117,7 @@ impl Ledger {
     pub(super) fn failed(&mut self, save: SaveId, error: &str) -> Vec<Pending> {
         match self.under_way.take_if(|batch| batch.save == save) {
             Some(batch) => {
+                self.current = false;
                 if batch.pending.iter().any(|one| one.regardless) {
                     self.unsaved = Some(error.to_owned());
                 }

@@ -242,14 +242,15 @@ impl Fleet {
     }
 }
 
-/// Whether an instance runs what the spec does not say: a reload has left it behind. One that was replaced alone, because
-/// somebody asked for that or because it was unhealthy, has left no other behind.
+/// Whether an instance runs what the spec does not say, or files that are not those of the others: a reload has left it
+/// behind. One that was replaced alone, because somebody asked for that or because it was unhealthy, has left no other
+/// behind.
 fn is_of_another(slot: &SavedSlot, saved: &SavedApp) -> bool {
     let other = || differences(spec_of(saved, slot.revision), &saved.spec);
     slot.desired == Desired::Running
         && slot.revision != 0
         && slot.revision != saved.revision
-        && other().iter().any(|one| one.weight == Weight::Process)
+        && (slot.behind || other().iter().any(|one| one.weight == Weight::Process))
 }
 
 fn part_of(step: &Planned, plan: &Plan) -> Part {

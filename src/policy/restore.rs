@@ -63,6 +63,10 @@ impl Fleet {
         for (app, slot, reserved) in fleet.shared.ledger.wanted.reservations() {
             fleet.shared.retired.insert((app, slot), reserved.0 + 1);
         }
+        for InstanceId { app, slot, generation } in &memo.retired {
+            let next = fleet.shared.retired.entry((app.clone(), *slot)).or_default();
+            *next = (*next).max(generation.0 + 1);
+        }
         // A stop that was carried out on a full disk holds as long as anybody remembers it.
         for slot in slots.values().filter(|slot| slot.stop_unsaved) {
             let saved = fleet.shared.ledger.wanted.slot(&slot.app, slot.slot);
@@ -167,7 +171,8 @@ impl Fleet {
                 Desired::Running => Rest::Due,
                 Desired::Stopped => Rest::Stopped,
             };
-            let next = wanted.reserved.0 + 1;
+            let retired = self.shared.retired.get(&(name.clone(), slot)).copied();
+            let next = retired.unwrap_or_default().max(wanted.reserved.0 + 1);
             let mut state = SlotState::new(wanted.pm_id, self.shared.now, rest, next);
             // After a reboot it starts from rest; what is found running is no start (see `adopt_run`).
             state.gated = wanted.desired == Desired::Running;
@@ -337,6 +342,8 @@ impl Fleet {
         for slot in slots {
             let operation = app.operation.as_ref().filter(|operation| operation.covers(slot));
             let kind = operation.map(|operation| (operation.kind, operation.revision));
+            // What the slot is meant to run.
+            let release = self.shared.ledger.wanted.slot(name, slot).map(|wanted| wanted.revision);
             let Some(state) = app.slots.get(&slot) else { continue };
             let live: Vec<(Generation, u64)> =
                 state.live().map(|run| (run.id.generation, run.revision)).collect();
@@ -351,7 +358,9 @@ impl Fleet {
                         Some((Kind::Restart, target)) => revision != target,
                         // Nobody knows whether the new one ever got ready.
                         Some((Kind::Reload, target)) => !known && revision == target && beside_old,
-                        Some(_) | None => false,
+                        // It was on its way down when the memory was lost, and came back with it.
+                        None => !known && release.is_some_and(|release| release != revision),
+                        Some(_) => false,
                     }
             };
             app.stop_runs(slot, IdleConnections::Wait, &mut self.shared, |run| {

@@ -332,6 +332,7 @@ fn resize(app: &mut SavedApp, instances: u32, next_pm_id: &mut u32) {
             reserved: Generation(0),
             revision: app.revision,
             before: 0,
+            behind: false,
         });
     }
 }
@@ -339,6 +340,9 @@ fn resize(app: &mut SavedApp, instances: u32, next_pm_id: &mut u32) {
 /// Forgets releases that no slot runs any more. One with the same spec as the present one stays while it is used: the
 /// spec may change, and its number has to lead to what it was.
 fn forget_unused(app: &mut SavedApp) {
+    for slot in app.slots.iter_mut().filter(|slot| slot.revision == app.revision) {
+        slot.behind = false;
+    }
     let used = |(_, revision): &(Arc<AppSpec>, u64)| {
         app.slots.iter().any(|slot| slot.revision == *revision || slot.before == *revision)
     };
@@ -368,9 +372,13 @@ fn revert(app: &mut SavedApp, replaced: &BTreeSet<Slot>, next_pm_id: &mut u32) {
     let count = u32::try_from(app.slots.len()).unwrap_or(u32::MAX);
     resize(app, count.min(old_spec.instances.max(finished)), next_pm_id);
     let failed = app.revision;
+    let is_kept = |slot: &SavedSlot| slot.revision == failed;
+    let splits =
+        app.slots.iter().enumerate().any(|(index, slot)| is_kept(slot) && replaced.contains(&slot_at(index)));
     for (index, slot) in app.slots.iter_mut().enumerate() {
-        if slot.revision == failed && !replaced.contains(&slot_at(index)) {
+        if is_kept(slot) && !replaced.contains(&slot_at(index)) {
             slot.revision = if slot.before == 0 { old_revision } else { slot.before };
+            slot.behind |= splits;
         }
         slot.before = 0;
     }

@@ -43,6 +43,7 @@ mod kind {
     pub(super) const JOURNAL: u32 = 8;
     pub(super) const TOLD: u32 = 9;
     pub(super) const DELETED: u32 = 10;
+    pub(super) const RETIRED: u32 = 11;
 }
 
 /// What a supervisor leaves for the next one.
@@ -134,7 +135,7 @@ impl Sealer {
     #[must_use]
     pub fn seal(&mut self, blob: Blob, number: u64) -> Vec<u8> {
         let Blob { memo, channels, listeners, operations, journal, told } = blob;
-        let Memo { slots, instances, hooks, reloads, deleted } = memo;
+        let Memo { slots, instances, hooks, reloads, deleted, retired } = memo;
         let mut half = vec![0; HEADER];
         let known = kept(&mut half, kind::SLOT, &mut self.slots, slots, |memo| (memo.app.clone(), memo.slot));
         self.slots = known;
@@ -150,6 +151,9 @@ impl Sealer {
         }
         for app in &deleted {
             append(&mut half, kind::DELETED, &json(app));
+        }
+        for run in &retired {
+            append(&mut half, kind::RETIRED, &json(run));
         }
         for listener in &listeners {
             append(&mut half, kind::LISTENER, &json(listener));
@@ -252,6 +256,7 @@ impl Opened {
             kind::HOOK => read::<HookMemo>(record).map(|read| memo.hooks.push(read)),
             kind::RELOAD => read::<ReloadMemo>(record).map(|read| memo.reloads.push(read)),
             kind::DELETED => read(record).map(|read| memo.deleted.push(read)),
+            kind::RETIRED => read(record).map(|read| memo.retired.push(read)),
             kind::CHANNEL => read(record).map(|read| channels.push(read)),
             kind::LISTENER => read(record).map(|read| listeners.push(read)),
             kind::OPERATIONS => read(record).map(|read| *operations = Some(read)),

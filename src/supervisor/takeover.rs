@@ -130,7 +130,9 @@ pub(super) async fn make_way(
     freeze(dispatch, logs, &mut inputs).await;
     match world.go() {
         Ok(()) => Ok(None),
-        Err(LinkError::Closed) => Ok(Some((world, inputs))),
+        Err(LinkError::Closed) if world.goes_on() => Ok(Some((world, inputs))),
+        // The new one had everything in time, and sees to the next keeper.
+        Err(LinkError::Closed) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

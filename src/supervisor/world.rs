@@ -1116,7 +1116,7 @@ impl World {
     /// # Errors
     /// [`LinkError::Closed`]: the keeper is gone, and this supervisor has everything that there is.
     pub fn go(&mut self) -> Result<(), LinkError> {
-        self.link.try_send(&ToKeeper::Go, &[])?;
+        self.link.go()?;
         loop {
             while let Some(message) = self.link.try_recv()? {
                 if message == FromKeeper::Dismissed {
@@ -1134,6 +1134,11 @@ impl World {
             }
             self.link.flush()?;
         }
+    }
+
+    /// The keeper has died after [`World::go`]: whether this supervisor goes on, and not the new one.
+    pub fn goes_on(&mut self) -> bool {
+        self.link.goes_on()
     }
 
     /// The threads that have to be frozen.

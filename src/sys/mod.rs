@@ -1,5 +1,6 @@
 //! Processes, sockets, locks and clocks: the thin layer over the kernel, and the only home of unsafe code.
 
+pub mod activity;
 pub mod cgroup;
 pub mod child;
 pub mod clock;

@@ -1,7 +1,7 @@
 //! Promises that one part of the policy kept for itself, and that another one broke: stories of faults that were found
 //! where dependencies, restarts, strategies and overlapping commands meet.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pm::model::exit::ExitReason;
@@ -177,6 +177,45 @@ fn an_instance_that_was_replaced_alone_is_no_drift() {
     let all = [spec.name.clone()];
     let plan = world.fleet.as_ref().unwrap().plan(&[Arc::new(newer)], &all, Path::new("/srv/x.toml"), false);
     assert_eq!(plan.steps[0].measure, Measure::Reload);
+}
+
+#[test]
+fn what_an_aborted_reload_of_the_same_spec_leaves_behind_is_reloaded_by_apply() {
+    // Only the files differed, so that `apply` used to find nothing to do.
+    let mut world = with_rules(Like::Workers, 3, |rules| rules.on_failure = OnFailure::Abort);
+    let spec = world.fleet.as_ref().unwrap().app(&name("api")).unwrap().spec;
+    let apply = |prune| Command::Apply {
+        specs: vec![Arc::clone(&spec)],
+        all: vec![spec.name.clone()],
+        file: PathBuf::from("/srv/x.toml"),
+        prune,
+    };
+    let measure = |world: &World| {
+        let file = Path::new("/srv/x.toml");
+        let plan = world.fleet.as_ref().unwrap().plan(&[Arc::clone(&spec)], &[name("api")], file, false);
+        plan.steps[0].measure
+    };
+    world.act(Verb::Reload, "api");
+    world.run_for(millis(60));
+    world.deploy("api", Behaviour::never_ready());
+    world.run_for(secs(20));
+    assert!(world.last().contains("replaced, "), "{}", world.last());
+    assert_eq!(measure(&world), Measure::Reload);
+    // The next supervisor knows it too, and one that is replaced alone changes nothing about the others.
+    world.supervisor_dies();
+    world.run_for(secs(5));
+    world.mend_files();
+    world.act_on(Verb::Restart, "api", Some(&[0]), None);
+    world.run_for(secs(5));
+    assert_eq!(measure(&world), Measure::Reload);
+    world.ask(apply(false));
+    world.run_for(secs(20));
+    assert_eq!(measure(&world), Measure::Unchanged);
+    world.act_on(Verb::Restart, "api", Some(&[0]), None);
+    world.run_for(secs(5));
+    assert_eq!(measure(&world), Measure::Unchanged, "what was replaced alone leaves nobody behind");
+    world.check_converged();
+    world.expect_no_breach();
 }
 
 #[test]

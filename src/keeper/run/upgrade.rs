@@ -20,6 +20,7 @@ use super::{Alive, Keeper, Phase, Supervisor, say};
 use crate::keeper::packet::Packets;
 use crate::keeper::wire::own::Own;
 use crate::keeper::wire::{ChildRecord, FromKeeper, HeldRecord, Hello, Upgrade, UpgradeState};
+use crate::sys::activity::Activity;
 use crate::sys::clock::{self, Moment};
 use crate::sys::memfd::{self, Mapped};
 use crate::sys::{exec, fdpass, pidfd};
@@ -28,6 +29,11 @@ use crate::sys::{exec, fdpass, pidfd};
 const PREPARED: Duration = Duration::from_secs(15);
 /// A new supervisor has taken over by then, or never will.
 const TRIAL: Duration = Duration::from_secs(5);
+/// One that does nothing for so long, neither computes nor waits for a processor or a disk, never will either: connections
+/// that only a supervisor hands out wait meanwhile.
+const STALLED: Duration = Duration::from_secs(2);
+/// How often it is looked at.
+const LOOK: Duration = Duration::from_millis(250);
 /// A supervisor that was dismissed is gone by then.
 const DISMISSED: Duration = Duration::from_secs(2);
 /// There is a moment without a start under way by then.
@@ -59,6 +65,37 @@ struct Trial {
     executable: OwnedFd,
     keeper_too: bool,
     until: Moment,
+    /// While it has not taken over.
+    watch: Option<Watch>,
+}
+
+/// How a supervisor on trial gets on.
+struct Watch {
+    seen: Activity,
+    at: Moment,
+    /// When it was last seen to do something.
+    stirred: Moment,
+}
+
+impl Watch {
+    fn new(now: Moment) -> Self {
+        Self { seen: Activity::default(), at: now, stirred: now }
+    }
+
+    /// Looks at it when that is due; whether it hangs.
+    fn finds_stalled(&mut self, pid: u32, now: Moment) -> bool {
+        if now.since(self.at) < LOOK {
+            return false;
+        }
+        // Whoever looks late was kept from it, and perhaps it has been waiting for us. Who cannot be looked at has time.
+        let late = now.since(self.at) > LOOK * 2;
+        let seen = Activity::of(pid).ok();
+        if late || seen.is_none_or(|seen| seen.stirs_since(self.seen)) {
+            self.stirred = now;
+        }
+        (self.seen, self.at) = (seen.unwrap_or_default(), now);
+        now.since(self.stirred) >= STALLED
+    }
 }
 
 /// The old supervisor.
@@ -100,7 +137,10 @@ impl Succession {
 
     pub(super) fn next_deadline(&self) -> Option<Moment> {
         let prepared = self.prepared.as_ref().map(|prepared| prepared.on.until);
-        let trial = self.trial.as_ref().map(|trial| trial.until);
+        let trial = self.trial.as_ref().map(|trial| match &trial.watch {
+            Some(watch) => trial.until.min(watch.at + LOOK),
+            None => trial.until,
+        });
         let retired = self.retired.as_ref().and_then(|retired| retired.until);
         [prepared, trial, retired, self.replace].into_iter().flatten().min()
     }
@@ -125,7 +165,8 @@ impl Keeper {
         self.succession.news = true;
         match self.try_start_supervisor(executable.as_fd(), now) {
             Ok(alive) => {
-                let on = Trial { executable, keeper_too: !supervisor_only, until: now + PREPARED };
+                let on =
+                    Trial { executable, keeper_too: !supervisor_only, until: now + PREPARED, watch: None };
                 self.succession.prepared = Some(Prepared { alive, on });
             }
             Err(reason) => self.succession.settle(UpgradeState::Failed { reason }),
@@ -146,7 +187,7 @@ impl Keeper {
         };
         alive.started = now;
         self.supervisor = Supervisor::Alive(alive);
-        self.succession.trial = Some(Trial { until: now + TRIAL, ..on });
+        self.succession.trial = Some(Trial { until: now + TRIAL, watch: Some(Watch::new(now)), ..on });
         self.succession.news = false;
         self.greet();
     }
@@ -216,12 +257,19 @@ impl Keeper {
         if self.succession.prepared.as_ref().is_some_and(|prepared| prepared.on.until <= now) {
             self.abandon_prepared();
         }
-        if let Some(trial) = &mut self.succession.trial
-            && trial.until <= now
-        {
-            // Its end is what is waited for now.
-            trial.until = now + TRIAL;
-            self.break_link(&format!("it did not take over within {} s", TRIAL.as_secs()));
+        if let (Some(trial), Supervisor::Alive(alive)) = (&mut self.succession.trial, &self.supervisor) {
+            let reason = if trial.until <= now {
+                Some(format!("it did not take over within {} s", TRIAL.as_secs()))
+            } else if trial.watch.as_mut().is_some_and(|watch| watch.finds_stalled(alive.pid, now)) {
+                Some(format!("it did nothing for {} s", STALLED.as_secs()))
+            } else {
+                None
+            };
+            if let Some(reason) = reason {
+                // Its end is what is waited for now.
+                (trial.until, trial.watch) = (now + TRIAL, None);
+                self.break_link(&reason);
+            }
         }
         if let Some(retired) = &mut self.succession.retired
             && retired.until.is_some_and(|until| until <= now)

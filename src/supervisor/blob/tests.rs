@@ -77,6 +77,7 @@ fn blob() -> Blob {
             hooks: vec![HookMemo { app: app("api"), kind: HookKind::PostStop }],
             reloads: Vec::new(),
             deleted: vec![app("gone")],
+            retired: vec![InstanceId { app: app("api"), slot: Slot(3), generation: Generation(9) }],
         },
         channels: vec![channel],
         listeners: vec![listener],
