@@ -7,9 +7,8 @@ use std::process::Command;
 
 use nix::unistd::{User, geteuid};
 
-use super::support::groups::not_here;
 use super::support::home::run;
-use super::support::{Home, PATIENT, SOON, free_port, process, wait_until};
+use super::support::{Home, PATIENT, SOON, free_port, not_here, process, wait_until};
 
 /// A home whose working directory others may read; `None` without root.
 fn of_root() -> Option<Home> {
@@ -135,11 +134,8 @@ fn pain_27_eacces_on_the_socket_prints_who_owns_the_daemon_and_the_exact_fix() {
     let Some(home) = of_root() else { return };
     home.ok(&["start", "sleep", "--name", "job", "--", "1000"]);
     let nobody = User::from_name("nobody").unwrap().unwrap();
-    let mut command = home.command(&["list"]);
+    let mut command = home.command_of(&home.program_for_others(), &["list"]);
     command.uid(nobody.uid.as_raw()).gid(nobody.gid.as_raw());
-    if Command::new(env!("CARGO_BIN_EXE_pm")).arg("--version").uid(nobody.uid.as_raw()).status().is_err() {
-        return not_here("nobody may not run the program from the build directory");
-    }
     let run = run(command, PATIENT);
     assert_eq!(run.code, 4, "{run:?}");
     run.says("root").says(&format!("sudo -u root pm --home {} list", home.path().display()));
@@ -150,13 +146,11 @@ fn without_root_another_user_is_refused_and_the_error_says_what_would_work() {
     let Some(home) = of_root() else { return };
     let nobody = User::from_name("nobody").unwrap().unwrap();
     let (uid, gid) = (nobody.uid.as_raw(), nobody.gid.as_raw());
-    if Command::new(env!("CARGO_BIN_EXE_pm")).arg("--version").uid(uid).status().is_err() {
-        return not_here("nobody may not run the program from the build directory");
-    }
+    let program = home.program_for_others();
     fs::create_dir(home.path()).unwrap();
     chown(home.path(), Some(uid), Some(gid)).unwrap();
     let pm = |args: &[&str]| {
-        let mut command = home.command(args);
+        let mut command = home.command_of(&program, args);
         command.uid(uid).gid(gid);
         run(command, PATIENT)
     };

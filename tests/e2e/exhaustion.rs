@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 
 use super::support::home::{Run, Running, run};
 use super::support::mounts::{Mounted, own_mounts};
-use super::support::{Home, PATIENT, SOON, process, secs, wait_until};
+use super::support::{Home, PATIENT, SOON, not_here, process, secs, wait_until};
 
 const SLEEPER: &str = "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\n";
 
@@ -194,7 +194,9 @@ fn pain_16_without_memory_a_spawn_fails_with_backoff_and_the_daemon_lives() {
     // Less than it has: nothing can be mapped any more, by the keeper or by what it starts.
     limit(&home, before.keeper, "--as=1000000:");
     process::signal(before.app, Signal::SIGKILL);
-    home.wait_row("job", "it waits for its next try", |row| row.status == "waiting restart" && row.restarts >= 3);
+    home.wait_row("job", "it waits for its next try", |row| {
+        row.status == "waiting restart" && row.restarts >= 3
+    });
     home.exits(1, &["start", "sleep", "--name", "new", "--", "1000"]).says("error: cannot start");
     assert_eq!((home.keeper(), home.supervisor()), (before.keeper, before.supervisor));
     assert!(process::alive(other), "the other app runs on");
@@ -205,7 +207,7 @@ fn pain_16_without_memory_a_spawn_fails_with_backoff_and_the_daemon_lives() {
 }
 
 /// Runs `pm` as a user without any privilege, who may execute a copy of it.
-fn as_nobody(home: &Home, program: &Path, args: &[&str]) -> Command {
+fn as_nobody(home: &Home, program: &str, args: &[&str]) -> Command {
     let mut command = Command::new(super::support::node::find_in_path("setpriv"));
     home.environment(&mut command);
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program).args(args);
@@ -215,16 +217,10 @@ fn as_nobody(home: &Home, program: &Path, args: &[&str]) -> Command {
 #[test]
 fn pain_16_a_fork_that_fails_with_eagain_is_tried_again_and_a_start_says_why() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: only root can be somebody else, and change that one's limits");
-        return;
+        return not_here("only root can be somebody else, and change that one's limits");
     }
     let home = Home::new();
-    // The program may lie where others cannot go.
-    let program: PathBuf = home.work().join("pm");
-    if fs::hard_link(env!("CARGO_BIN_EXE_pm"), &program).is_err() {
-        fs::copy(env!("CARGO_BIN_EXE_pm"), &program).unwrap();
-    }
-    fs::set_permissions(home.work().parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    let program = home.program_for_others();
     fs::create_dir(home.path()).unwrap();
     nix::unistd::chown(&home.path(), Some(65534.into()), Some(65534.into())).unwrap();
     let pm = |args: &[&str]| run(as_nobody(&home, &program, args), PATIENT);
@@ -233,7 +229,7 @@ fn pain_16_a_fork_that_fails_with_eagain_is_tried_again_and_a_start_says_why() {
     let before = Alive::of(&home);
     let nproc = |soft: &str| {
         let args = ["--pid", &before.keeper.to_string(), &format!("--nproc={soft}:")];
-        let done = run(as_nobody(&home, Path::new("prlimit"), &args), SOON);
+        let done = run(as_nobody(&home, "prlimit", &args), SOON);
         assert_eq!(done.code, 0, "{done:?}");
     };
     let limits = fs::read_to_string(format!("/proc/{}/limits", before.keeper)).unwrap();

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
-use super::support::groups::{below, members, mount, not_here, of};
+use super::support::groups::{below, members, mount, of};
 use super::support::home::run;
-use super::support::{Home, PATIENT, SOON, fixture, free_port, load, process, secs, wait_until};
+use super::support::{Home, PATIENT, SOON, fixture, free_port, load, not_here, process, secs, wait_until};
 
 /// A home without control groups, and one with them where that can be had.
 fn both() -> Vec<Home> {

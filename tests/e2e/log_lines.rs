@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use super::support::wait::pause_for;
-use super::support::{Home, PATIENT, SOON, millis, node, process, wait_until};
+use super::support::{Home, PATIENT, SOON, millis, node, not_here, process, wait_until};
 
 /// Numbered lines as fast as they are taken, until a file `end` is there; then says how many.
 const COUNT: &str = "import os, sys, time\n\
@@ -170,8 +170,7 @@ const FLOOD: &str = "import os, sys, time\n\
 fn pain_15_ten_apps_that_flood_a_slow_and_then_full_disk_grow_nothing_and_wait_for_nothing() {
     let home = Home::loaded();
     let Some(disk) = SlowDisk::mount(&home) else {
-        println!("skipped: only root can mount a slow file system, and /dev/fuse must be there");
-        return;
+        return not_here("only root can mount a slow file system, and /dev/fuse must be there");
     };
     home.write("flood.py", FLOOD);
     let app = |name: &str, instances: u32, keys: &str| {

@@ -8,7 +8,7 @@ use std::process::Command;
 
 use super::support::home::{Run, attempt};
 use super::support::load::{Connections, Load};
-use super::support::{Home, fixture, free_port, secs};
+use super::support::{Home, fixture, free_port, not_here, secs};
 
 /// Start, list, reload under requests, stop, logs, a Node cluster: each by its own test.
 const CORE: [&str; 4] = [
@@ -89,7 +89,7 @@ fn can_isolate() -> bool {
     let strace = Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success());
     let net = Command::new("unshare").args(["--net", "true"]).status().is_ok_and(|status| status.success());
     if !strace || !net {
-        eprintln!("skipped: needs strace ({strace}) and a network namespace, as root ({net})");
+        not_here(&format!("needs strace ({strace}) and a network namespace, as root ({net})"));
     }
     strace && net
 }

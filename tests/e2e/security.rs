@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::support::home::{Running, run};
-use super::support::{Home, PATIENT, SOON, process, wait_until};
+use super::support::{Home, PATIENT, SOON, not_here, process, wait_until};
 
 const SLEEPER: &str = "[[apps]]\nname = 'job'\nscript = 'sleep'\nargs = ['1000']\n";
 
@@ -59,7 +59,7 @@ const STRANGER: u32 = 54_321;
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("skipped: only root can become another user");
+        not_here("only root can become another user");
     }
     root
 }
@@ -104,8 +104,7 @@ fn intrude(home: &Home, uid: u32) -> Value {
 /// A home that others can find: only its own protection counts.
 fn reachable() -> Home {
     let home = Home::new();
-    let above = home.path();
-    fs::set_permissions(above.parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    home.open_to_others();
     home
 }
 

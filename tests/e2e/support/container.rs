@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::home::{Home, Run, run};
-use super::{PATIENT, process, wait_until};
+use super::{PATIENT, not_here, process, wait_until};
 
 /// Whether namespaces can be made here; says why not.
 pub(crate) fn possible() -> bool {
@@ -22,7 +22,7 @@ pub(crate) fn possible() -> bool {
         .status()
         .is_ok_and(|status| status.success());
     if !works {
-        eprintln!("skipped: needs root and unshare(1) to make a pid namespace");
+        not_here("needs root and unshare(1) to make a pid namespace");
     }
     works
 }

@@ -20,11 +20,6 @@ pub(crate) fn mount() -> Result<PathBuf, String> {
     Ok(mount)
 }
 
-/// Says, where people look for it, that a test could not be run.
-pub(crate) fn not_here(why: &str) {
-    eprintln!("NOT RUN HERE: {why}");
-}
-
 /// All processes in a group and below it.
 pub(crate) fn members(group: &Path) -> Vec<i32> {
     let mut pids: Vec<i32> = fs::read_to_string(group.join("cgroup.procs"))

@@ -148,6 +148,16 @@ impl Home {
         }
     }
 
+    /// `pm` for users who may not go where it was built.
+    pub(crate) fn program_for_others(&self) -> String {
+        self.open_to_others();
+        let program = self.work_file("pm");
+        if fs::hard_link(env!("CARGO_BIN_EXE_pm"), &program).is_err() {
+            fs::copy(env!("CARGO_BIN_EXE_pm"), &program).expect("a copy of pm");
+        }
+        program
+    }
+
     /// The home that PM_HOME names.
     pub(crate) fn path(&self) -> PathBuf {
         self.dir.path().join("home")

@@ -34,6 +34,11 @@ pub(crate) fn millis(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
+/// Says, where people look for it, that a test could not be run.
+pub(crate) fn not_here(why: &str) {
+    eprintln!("NOT RUN HERE: {why}");
+}
+
 /// A program below `tests/fixtures/apps`.
 pub(crate) fn fixture(name: &str) -> String {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/apps").join(name);

@@ -9,6 +9,8 @@ use std::process::Command;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
+use super::not_here;
+
 /// A mounted file system. Declare it after the home it is for, and end the daemon before it goes.
 #[derive(Debug)]
 pub(crate) struct Mounted {
@@ -22,7 +24,7 @@ pub(crate) fn own_mounts() -> bool {
         .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none));
     if let Err(errno) = made {
         assert!(!nix::unistd::geteuid().is_root(), "cannot make a mount namespace: {errno}");
-        eprintln!("skipped: only root can mount file systems: {errno}");
+        not_here(&format!("only root can mount file systems: {errno}"));
         return false;
     }
     true
@@ -58,7 +60,7 @@ impl Mounted {
             fs::File::create(image).and_then(|file| file.set_len(8 << 20)).expect("an image");
             let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(image).status();
             if !made.is_ok_and(|status| status.success()) {
-                eprintln!("skipped: no mkfs.ext4");
+                not_here("no mkfs.ext4");
                 return None;
             }
         }
@@ -66,7 +68,7 @@ impl Mounted {
         let mounted =
             Command::new("mount").args(["-o", "loop"]).arg(image).arg(at).output().expect("mount(8)");
         if !mounted.status.success() {
-            eprintln!("skipped: no loop device or no ext4: {}", String::from_utf8_lossy(&mounted.stderr));
+            not_here(&format!("no loop device or no ext4: {}", String::from_utf8_lossy(&mounted.stderr)));
             return None;
         }
         Some(Self { at: at.to_owned() })
