@@ -33,6 +33,8 @@ fn fleet(apps: u32) -> Blob {
             gated: false,
             relapses: 0,
             replace_after: None,
+            overruns: 0,
+            curb_after: None,
         };
         let file = StartedFile {
             path: format!("/srv/service-{index}/current/server.js").into(),
@@ -54,6 +56,7 @@ fn fleet(apps: u32) -> Blob {
             said_ready: true,
             left: None,
             probes: (0, 0),
+            over_memory: (0, 0),
             reserve: false,
             from: Some(Arc::new(from)),
         };

@@ -293,6 +293,10 @@ const EFFECTS: &[Effect] = &[
     ("overlap = true", |_, s| s.reload.overlap == Some(true) && s.can_overlap()),
     ("min_uptime = '5s'", |_, s| s.restart.min_uptime == millis(5000)),
     ("max_restarts = 3", |_, s| s.restart.max_restarts == 3),
+    ("max_memory_restart = '150M'", |_, s| s.max_memory == Some(150 << 20)),
+    ("max_memory = '1.5G'", |_, s| s.max_memory == Some(1536 << 20)),
+    ("maxMemoryRestart = 314572800", |_, s| s.max_memory == Some(300 << 20)),
+    ("max_memory_restart = 0", |_, s| s.max_memory.is_none()),
     ("restart_delay = 500", |_, s| s.restart.restart_delay == Some(millis(500))),
     ("restart_delay = 0", |_, s| s.restart.restart_delay.is_none()),
     ("exp_backoff_restart_delay = 200", |_, s| s.restart.backoff_base == millis(200)),
@@ -659,6 +663,7 @@ fn a_script_on_the_command_line() {
         kill_timeout: Some(millis(6)),
         kill_signal: Some(Signal::TERM),
         max_restarts: Some(2),
+        max_memory_restart: Some(200 << 20),
         stop_exit_codes: Some(vec![3]),
         autorestart: Some(false),
         autostart: Some(false),
@@ -685,6 +690,7 @@ fn a_script_on_the_command_line() {
         (millis(6), Signal::TERM, true)
     );
     assert_eq!((spec.restart.max_restarts, spec.restart.stop_exit_codes), (2, vec![3]));
+    assert_eq!(spec.max_memory, Some(200 << 20));
     assert_eq!((spec.restart.autorestart, spec.autostart), (false, false));
     assert_eq!((spec.restart.restart_delay, spec.restart.backoff_base), (Some(millis(7)), millis(8)));
     assert_eq!((spec.logs.out_file, spec.logs.error_file), (Some(place.path("o")), Some(place.path("e"))));

@@ -253,7 +253,7 @@ fn forgotten_files_rule(root: &str, entries: &[&str], files: &BTreeMap<String, S
 
 /// The pains of other process managers that must have tests named after them (`docs/pains.md`).
 fn pains() -> impl Iterator<Item = u32> {
-    (1..=23).chain(25..=33).chain(37..=38).chain(42..=43)
+    (1..=33).chain(37..=38).chain(42..=43)
 }
 
 /// Which pains no test of these files is named after, and which the page does not list.

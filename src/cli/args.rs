@@ -301,6 +301,9 @@ pub struct AppOptions {
     /// Give up after this many quick exits in a row [default: 16]
     #[arg(long, value_name = "N")]
     pub max_restarts: Option<String>,
+    /// Replace an instance that uses more memory than this, gracefully: `300M`, `1.5G`; 0: never
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory_restart: Option<String>,
     /// Do not restart after these exit codes (comma or space separated)
     #[arg(long, value_name = "CODES")]
     pub stop_exit_codes: Vec<String>,

@@ -79,6 +79,7 @@ impl Wishes {
             time: flag(app.time),
             log_date_format: app.log_date_format.clone(),
             max_restarts: parsed("--max-restarts", app.max_restarts.as_deref())?,
+            max_memory_restart: size("--max-memory-restart", app.max_memory_restart.as_deref())?,
             restart_delay: duration("--restart-delay", &app.restart_delay)?,
             exp_backoff_restart_delay: duration(
                 "--exp-backoff-restart-delay",
@@ -143,6 +144,7 @@ impl Wishes {
             time,
             log_date_format,
             max_restarts,
+            max_memory_restart,
             restart_delay,
             exp_backoff_restart_delay,
             stop_exit_codes,
@@ -179,6 +181,7 @@ impl Wishes {
         take(&mut spec.logs.merge, &new.logs.merge, merge_logs.is_some());
         take(&mut spec.logs.date_format, &new.logs.date_format, time.is_some() || log_date_format.is_some());
         take(&mut spec.restart.max_restarts, &new.restart.max_restarts, max_restarts.is_some());
+        take(&mut spec.max_memory, &new.max_memory, max_memory_restart.is_some());
         take(&mut spec.restart.restart_delay, &new.restart.restart_delay, restart_delay.is_some());
         take(&mut spec.restart.backoff_base, &new.restart.backoff_base, exp_backoff_restart_delay.is_some());
         take(&mut spec.restart.stop_exit_codes, &new.restart.stop_exit_codes, stop_exit_codes.is_some());
@@ -336,6 +339,10 @@ fn parsed<T: std::str::FromStr<Err: std::fmt::Display>>(
     text: Option<&str>,
 ) -> Result<Option<T>, CliError> {
     text.map(|text| text.parse().map_err(|error: T::Err| bad(option, text, &error.to_string()))).transpose()
+}
+
+fn size(option: &str, text: Option<&str>) -> Result<Option<u64>, CliError> {
+    text.map(|text| units::size(text).map_err(|error| bad(option, text, &error.to_string()))).transpose()
 }
 
 fn account(option: &str, text: Option<&str>) -> Result<Option<String>, CliError> {

@@ -102,6 +102,8 @@ pub struct AppConfig {
     pub overlap: Option<bool>,
     pub min_uptime: Option<Duration>,
     pub max_restarts: Option<u32>,
+    /// 0: none.
+    pub max_memory_restart: Option<At<u64>>,
     pub restart_delay: Option<Duration>,
     pub exp_backoff_restart_delay: Option<Duration>,
     pub backoff_reset: Option<Duration>,
@@ -178,6 +180,7 @@ impl AppConfig {
             overlap: None,
             min_uptime: None,
             max_restarts: None,
+            max_memory_restart: None,
             restart_delay: None,
             exp_backoff_restart_delay: None,
             backoff_reset: None,

@@ -60,6 +60,8 @@ pub struct Overrides {
     pub log_date_format: Option<String>,
     /// `--max-restarts`
     pub max_restarts: Option<u32>,
+    /// `--max-memory-restart`, in bytes; 0: none.
+    pub max_memory_restart: Option<u64>,
     /// `--restart-delay`
     pub restart_delay: Option<Duration>,
     /// `--exp-backoff-restart-delay`
@@ -112,6 +114,7 @@ impl Overrides {
         lay(&mut app.time, self.time.as_ref());
         lay(&mut app.log_date_format, self.log_date_format.as_ref());
         lay(&mut app.max_restarts, self.max_restarts.as_ref());
+        lay_at(&mut app.max_memory_restart, self.max_memory_restart.as_ref(), "--max-memory-restart");
         lay(&mut app.restart_delay, self.restart_delay.as_ref());
         lay(&mut app.exp_backoff_restart_delay, self.exp_backoff_restart_delay.as_ref());
         lay(&mut app.stop_exit_codes, self.stop_exit_codes.as_ref());

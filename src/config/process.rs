@@ -91,6 +91,31 @@ pub(super) fn read_limits(value: Value<'_, '_>) -> Result<Limits, Problem> {
 /// Less than this no program starts with: its own code does not fit.
 const MEMORY_LEAST: u64 = 1 << 20;
 
+/// Reads any size; what makes sense of it is [`memory_limit`]'s to say.
+pub(super) fn read_size(value: Value<'_, '_>) -> Result<u64, Problem> {
+    size(value, &value.text())
+}
+
+/// `max_memory_restart`, from a file or the command line; 0 is none.
+pub(super) fn memory_limit(app: &AppConfig) -> Result<Option<u64>, Problem> {
+    let Some(limit) = app.max_memory_restart.as_ref().filter(|limit| limit.value > 0) else {
+        return Ok(None);
+    };
+    if limit.value < MEMORY_LEAST {
+        let message = "this is out of range; allowed: 0 (none), and 1M or more";
+        return Err(Problem::new(limit.place.clone(), message)
+            .help("write \"300M\" or \"1.5G\"; a number alone counts bytes"));
+    }
+    if let Some(max) = app.limits.as_ref().and_then(|limits| limits.group.memory_max)
+        && limit.value >= max
+    {
+        let message = "`max_memory_restart` is not below `limits.memory_max`, where the kernel kills";
+        return Err(Problem::new(limit.place.clone(), message)
+            .help("keep it well below, so that there is room and time for a successor"));
+    }
+    Ok(Some(limit.value))
+}
+
 fn memory(value: Value<'_, '_>) -> Result<u64, Problem> {
     let bytes = size(value, &value.text())?;
     if bytes < MEMORY_LEAST {

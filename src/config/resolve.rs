@@ -221,6 +221,7 @@ pub(super) fn resolve(
     let depends_on = dependencies(app, &mut problems);
     problems.extend(probes(app, command.as_ref().map(|command| command.runtime)));
     let stop = keep(stop(app), &mut problems);
+    let max_memory = keep(process::memory_limit(app), &mut problems).flatten();
     let reload = keep(reload(app), &mut problems);
     if let Some(var) = &app.increment_var
         && let Some(start) = env.get(&var.value)
@@ -261,6 +262,7 @@ pub(super) fn resolve(
         reload,
         logs: logs(app, &within),
         health: app.health.as_ref().map(|probe| probe.value.clone()),
+        max_memory,
         hooks: Hooks {
             pre_start: app.pre_start.clone(),
             pre_reload: app.pre_reload.clone(),

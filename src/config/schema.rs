@@ -82,7 +82,7 @@ macro_rules! set {
 }
 
 /// Every key, in the order of the documentation.
-pub static KEYS: [Key; 68] = [
+pub static KEYS: [Key; 69] = [
     Key {
         name: "name",
         aliases: &[],
@@ -595,6 +595,15 @@ pub static KEYS: [Key; 68] = [
             let help = "set `autorestart = false` for an app that is never started again";
             v.count(1..=1_000_000).map_err(|problem| problem.help(help))?
         }),
+    },
+    Key {
+        name: "max_memory_restart",
+        aliases: &["max_memory"],
+        takes: "size, 1M or more; 0: none",
+        default: "none",
+        example: "\"300M\"",
+        meaning: "An instance whose processes together use more memory than this is replaced, one at a time (docs/memory.md).",
+        read: set!(max_memory_restart, v => v.at(process::read_size(v)?)),
     },
     Key {
         name: "min_uptime",

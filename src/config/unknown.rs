@@ -5,7 +5,7 @@ use super::schema::{KEYS, snake_case};
 use crate::model::spelling;
 
 /// Keys of PM2 and of other tools that are not here: what to say instead of guessing.
-const FOREIGN: [(&str, &str); 36] = [
+const FOREIGN: [(&str, &str); 35] = [
     ("treekill", "use `kill_mode = \"group\"` for treekill = true, `kill_mode = \"main\"` for false"),
     ("log_file", "set `out_file` and `error_file` to the same path"),
     ("log", "set `out_file` and `error_file` to the same path"),
@@ -36,7 +36,6 @@ const FOREIGN: [(&str, &str); 36] = [
     ("ignore_watch", LATER),
     ("watch_delay", LATER),
     ("watch_options", LATER),
-    ("max_memory_restart", LATER),
     ("cron_restart", LATER),
     ("cron", LATER),
     ("pid_file", LATER),

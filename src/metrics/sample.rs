@@ -222,14 +222,7 @@ impl Source<'_> {
                 continue;
             };
             living += usize::from(stat.alive());
-            memory += clock.page
-                * if *member == main {
-                    stat.rss_pages
-                } else if stat.rss_pages == 0 {
-                    0
-                } else {
-                    self.procfs.statm(member.pid)?.map_or(0, |m| m.resident.saturating_sub(m.shared))
-                };
+            memory += clock.page * own_pages(self.procfs, &stat, main)?;
             stats.insert(member.pid, stat);
         }
         let taken_at = procfs::since_boot();
@@ -260,6 +253,17 @@ impl Source<'_> {
         let usage = Usage { cpu_percent, memory, processes: living };
         Ok(Record { main, taken: now, taken_at, usage, processes })
     }
+}
+
+/// The pages that a process of a tree adds to what its main process has.
+pub(super) fn own_pages(procfs: &mut Procfs, stat: &Stat, main: ProcessId) -> io::Result<u64> {
+    Ok(if stat.process == main {
+        stat.rss_pages
+    } else if stat.rss_pages == 0 {
+        0
+    } else {
+        procfs.statm(stat.process.pid)?.map_or(0, |m| m.resident.saturating_sub(m.shared))
+    })
 }
 
 impl Record {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::moment::spelled;
-use super::process::{ProcessRules, cpu_list};
+use super::process::{ProcessRules, cpu_list, size};
 use super::spec::{
     AppSpec, Check, CommandSpec, EnvSpec, Hook, Hooks, LogRules, Probe, ReadyRules, ReloadRules,
     RestartRules, StopRules,
@@ -126,6 +126,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
             },
         logs: LogRules { out_file, error_file, merge, date_format, overflow },
         health,
+        max_memory,
         hooks: Hooks { pre_start, pre_reload, post_stop, on_errored },
         depends_on,
         agent,
@@ -204,6 +205,7 @@ pub fn settings(spec: &AppSpec) -> Vec<Setting> {
     list.set("backoff_reset", Rule, span(*backoff_reset));
     list.set("autorestart", Rule, yes(*autorestart));
     list.set("autostart", Rule, yes(*autostart));
+    list.set("max_memory_restart", Rule, max_memory.map(size));
     list.set("stop_exit_codes", Rule, joined(stop_exit_codes.iter().map(ToString::to_string)));
     list.set("out_file", Rule, out_file.as_ref().map(|file| path(file)));
     list.set("error_file", Rule, error_file.as_ref().map(|file| path(file)));

@@ -19,6 +19,8 @@ pub enum ExitReason {
     NotReady,
     /// It was removed because its health check failed.
     Health,
+    /// It was removed because it used more memory than `max_memory_restart` allows.
+    Memory,
     /// It never ran: the spawn failed, with this text.
     NotStarted(String),
     /// It ended while nobody could see how.
@@ -44,6 +46,7 @@ impl fmt::Display for ExitReason {
             Self::Oom => f.write_str("oom-killed (out of memory)"),
             Self::NotReady => f.write_str("not ready in time"),
             Self::Health => f.write_str("failed health check"),
+            Self::Memory => f.write_str("over its memory limit"),
             Self::NotStarted(text) => write!(f, "not started: {text}"),
             Self::Unknown => f.write_str("unknown"),
         }

@@ -132,6 +132,21 @@ pub fn size(bytes: u64) -> String {
     bytes.to_string()
 }
 
+/// Bytes as they are measured, with a decimal: `214.3M`.
+#[must_use]
+pub fn rounded_size(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]
+    let mut amount = bytes as f64 / 1024.0;
+    for unit in ["K", "M"] {
+        // 1023.95 would print as 1024.0 of the smaller unit.
+        if amount < 1023.95 {
+            return format!("{amount:.1}{unit}");
+        }
+        amount /= 1024.0;
+    }
+    format!("{amount:.1}G")
+}
+
 /// The order in which processes reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IoPriority {

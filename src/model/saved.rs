@@ -212,6 +212,12 @@ pub struct SlotMemo {
     /// When the next one may be.
     #[serde(default)]
     pub replace_after: Option<Moment>,
+    /// How many runs in a row were replaced here because they crossed their memory limit soon.
+    #[serde(default)]
+    pub overruns: u32,
+    /// When the next one may be.
+    #[serde(default)]
+    pub curb_after: Option<Moment>,
 }
 
 /// What is remembered of an instance.
@@ -242,6 +248,9 @@ pub struct InstanceMemo {
     /// How many probes in a row have passed and failed.
     #[serde(default)]
     pub probes: (u32, u32),
+    /// How many samples of its memory in a row were above its limit, and the last of them in bytes.
+    #[serde(default)]
+    pub over_memory: (u32, u64),
     /// Replaced and out of rotation, but kept in case the reload fails.
     #[serde(default)]
     pub reserve: bool,
@@ -288,6 +297,22 @@ pub struct ReloadMemo {
     pub restored: Vec<Slot>,
     /// Files of instances that are gone.
     pub from: Vec<(Slot, Arc<StartedFrom>)>,
+    /// Who wants it.
+    #[serde(default)]
+    pub trigger: Trigger,
+}
+
+/// Who wants an operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Trigger {
+    /// Somebody asked for it.
+    #[default]
+    Asked,
+    /// The health check of a run: what somebody asks for meanwhile comes after it and is not refused.
+    Health,
+    /// The memory limit of a run; likewise.
+    Memory,
 }
 
 /// A process that the keeper reports to a new supervisor.

@@ -52,6 +52,9 @@ pub struct AppSpec {
     /// When a running instance counts as sick and is replaced; `None`: never.
     #[serde(default)]
     pub health: Option<Probe>,
+    /// An instance whose processes together use more than this many bytes is replaced; `None`: never.
+    #[serde(default)]
+    pub max_memory: Option<u64>,
     /// Programs that run beside the app's life.
     #[serde(default)]
     pub hooks: Hooks,
@@ -90,6 +93,7 @@ impl AppSpec {
             reload: ReloadRules::default(),
             logs: LogRules::default(),
             health: None,
+            max_memory: None,
             hooks: Hooks::default(),
             depends_on: BTreeMap::new(),
             agent: true,

@@ -19,6 +19,7 @@ use super::depends::{Graph, Standing};
 use super::hooks::HookRuns;
 use super::instance::{Phase, ReadySource, Run, START_SETTLE, Wait, ready_source};
 use super::ledger::{After, Ledger, Serial};
+use super::memory::Gauge;
 use super::news::{News, Subject, What};
 use super::operation::Operation;
 use super::slot::{Rest, SlotState};
@@ -364,6 +365,8 @@ impl App {
         let Some(state) = self.slots.get_mut(&slot) else { return false };
         let Some(run) = state.runs.iter_mut().rev().find(|run| run.is_reserve()) else { return false };
         run.phase = Phase::Ready;
+        // What was measured before it went is old.
+        run.gauge = Gauge::default();
         // The row goes on with this one, as if it had never been replaced.
         state.restarts = state.restarts.saturating_sub(1);
         let (id, pm_id) = (run.id.clone(), run.pm_id);
@@ -567,8 +570,8 @@ impl App {
             if let Some(at) = &mut state.reserve_at {
                 visit(at);
             }
-            if let Some(at) = &mut state.relapses.pause_until {
-                visit(at);
+            for pause in [&mut state.relapses.pause_until, &mut state.overruns.pause_until] {
+                pause.iter_mut().for_each(&mut *visit);
             }
             for run in &mut state.runs {
                 run.deadlines(visit);
@@ -589,7 +592,8 @@ impl App {
                     Rest::Waiting { at } if state.runs.is_empty() && !ending => Some(at),
                     Rest::Waiting { .. } | Rest::Stopped | Rest::Due | Rest::Errored | Rest::Held => None,
                 };
-                let others = [waiting, state.reserve_at, state.relapses.pause_until];
+                let others =
+                    [waiting, state.reserve_at, state.relapses.pause_until, state.overruns.pause_until];
                 state.runs.iter().map(Run::next_deadline).chain(others).flatten()
             })
             .chain(self.hooks.next_deadline())
@@ -605,6 +609,7 @@ impl App {
         for state in self.slots.values_mut() {
             state.reserve_at.take_if(|at| *at <= now);
             state.relapses.pause_until.take_if(|at| *at <= now);
+            state.overruns.pause_until.take_if(|at| *at <= now);
             for run in &mut state.runs {
                 run.proves_until.take_if(|at| *at <= now);
                 match &run.phase {

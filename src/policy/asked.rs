@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, Slot};
-use crate::model::saved::{Desired, SavedOperation};
+use crate::model::saved::{Desired, SavedOperation, Trigger};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Ask, Kind, Release, Slots, Verdict, verdict};
@@ -16,7 +16,7 @@ use super::app::{App, Shared};
 use super::batch::RequestKey;
 use super::instance::{Phase, Run};
 use super::ledger::{After, Pending};
-use super::operation::{Operation, Stage, Trigger, past_tense};
+use super::operation::{Operation, Stage, past_tense};
 use super::slot::{Rest, SlotState};
 use super::vocabulary::{Action, AppOutcome, CheckId};
 use super::wanted::{Change, slot_at};
@@ -68,7 +68,7 @@ impl App {
         };
         let verdict = verdict(self.operation.as_ref().map(|operation| operation.kind), ask, release);
         // Nobody asked for what is going on, so nobody is told to wait for it and to ask again.
-        let by_itself = self.operation.as_ref().is_some_and(|operation| operation.trigger == Trigger::Health);
+        let by_itself = self.operation.as_ref().is_some_and(|operation| operation.trigger != Trigger::Asked);
         let verdict = match verdict {
             Verdict::Busy | Verdict::Already if by_itself => Verdict::Queue,
             verdict => verdict,

@@ -26,7 +26,7 @@ impl App {
     pub(super) fn exited(&mut self, id: &InstanceId, reason: &ExitReason, shared: &mut Shared) {
         let now = shared.now;
         let Some(state) = self.slots.get(&id.slot) else { return };
-        let condemned = state.runs.iter().any(|run| run.id == *id && self.is_condemned(run));
+        let condemned = state.runs.iter().find(|run| run.id == *id).and_then(|run| self.condemned(run));
         let Some(run) = self.run_mut(id) else { return };
         shared.actions.extend(run.ask_no_more());
         let signal = run.spec.stop.signal;
@@ -36,8 +36,9 @@ impl App {
             Phase::Stopping(ladder) if ladder.cause == Cause::NotReady => {
                 (true, Some(ladder.clone()), ExitReason::NotReady)
             }
-            Phase::Stopping(ladder) if condemned => (false, Some(ladder.clone()), ExitReason::Health),
-            Phase::Stopping(ladder) => (false, Some(ladder.clone()), reason.clone()),
+            Phase::Stopping(ladder) => {
+                (false, Some(ladder.clone()), condemned.unwrap_or_else(|| reason.clone()))
+            }
             // Late news of what is known.
             Phase::Queued | Phase::Leaving { .. } => return,
         };

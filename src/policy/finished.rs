@@ -36,7 +36,7 @@ impl Finished {
             ExitReason::Signal(signal) => u8::try_from(128 + signal.number()).unwrap_or(1),
             ExitReason::Oom => 137,
             ExitReason::NotStarted(_) => 127,
-            ExitReason::NotReady | ExitReason::Health | ExitReason::Unknown => 1,
+            ExitReason::NotReady | ExitReason::Health | ExitReason::Memory | ExitReason::Unknown => 1,
         }
     }
 }

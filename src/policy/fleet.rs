@@ -349,6 +349,9 @@ impl Fleet {
             Event::Probed { id, role, result } => {
                 self.with_run(&id, |app, shared| app.probed(&id, role, result, shared));
             }
+            Event::Measured { id, bytes } => {
+                self.with_run(&id, |app, shared| app.measured(&id, bytes, shared.now));
+            }
             Event::HookEnded { id, end } => {
                 self.with_app(&id.app, |app, shared| app.hook_ended(&id, end, shared));
             }

@@ -1,4 +1,5 @@
-//! What probes say of a run, and the replacement of one that fails its health check.
+//! What probes say of a run, and the replacement of one that fails its health check, or of one that uses too much
+//! memory (see `memory`).
 //!
 //! A replacement is a reload of one slot: it goes through the same gate, waits for what is going on with the app, and
 //! nobody waits for it. Never more than one at a time, and in an app of several instances only while another one is
@@ -9,17 +10,18 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::model::exit::ExitReason;
 use crate::model::id::{InstanceId, Slot};
 use crate::model::moment::Moment;
-use crate::model::saved::Desired;
+use crate::model::saved::{Desired, Trigger};
 
 use super::admit::Ask;
 use super::app::{App, Shared};
 use super::instance::{Phase, ReadySource, Run, ready_source};
-use super::operation::Trigger;
 use super::vocabulary::{Action, Health, ProbeResult, ProbeRole};
 
-/// The pause between the first replacement in a slot and the second; it doubles with each that follows.
+/// The pause between the first replacement in a slot and the second, for the same reason; it doubles with each that
+/// follows.
 const RELAPSE_PAUSE: Duration = Duration::from_secs(15);
 /// The longest pause.
 const RELAPSE_PAUSE_MAX: Duration = Duration::from_secs(600);
@@ -99,18 +101,19 @@ impl Run {
         }
     }
 
-    /// It is to end: nobody asks it any more.
-    pub(super) fn ask_no_more(&self) -> Option<Action> {
+    /// It is to end, or out of rotation: nobody asks it any more.
+    pub(super) fn ask_no_more(&self) -> Vec<Action> {
         let asked = match &self.phase {
             Phase::Launching { .. } => ready_source(&self.spec) == ReadySource::Probed,
             Phase::Ready => self.spec.health.is_some(),
             Phase::Queued | Phase::Reserve | Phase::Stopping(_) | Phase::Leaving { .. } => false,
         };
-        (asked && self.pid.is_some()).then(|| Action::StopProbing { id: self.id.clone() })
+        let probed = (asked && self.pid.is_some()).then(|| Action::StopProbing { id: self.id.clone() });
+        probed.into_iter().chain(self.measure_no_more()).collect()
     }
 }
 
-/// Replacements of unhealthy runs in a slot.
+/// Replacements of runs in a slot for one reason that is their own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Relapses {
     /// In a row.
@@ -121,8 +124,8 @@ pub(super) struct Relapses {
 
 impl Relapses {
     /// A replacement begins now of a run that had been well for so long.
-    fn begin(&mut self, now: Moment, was_well: Duration) {
-        self.count = if was_well >= RELAPSE_RESET { 1 } else { self.count.saturating_add(1) };
+    pub(super) fn begin(&mut self, now: Moment, was_well: Duration, reset: Duration) {
+        self.count = if was_well >= reset { 1 } else { self.count.saturating_add(1) };
         let doublings = self.count.saturating_sub(1).min(16);
         let pause = RELAPSE_PAUSE.saturating_mul(1 << doublings).min(RELAPSE_PAUSE_MAX);
         self.pause_until = Some(now + pause);
@@ -154,18 +157,26 @@ impl App {
         }
     }
 
-    /// Begins the replacement of an unhealthy run, where that is allowed now.
+    /// Begins the replacement of an unhealthy run, or of one that uses too much memory, where that is allowed now.
     pub(super) fn tend(&mut self, shared: &mut Shared) {
         if self.operation.is_some() || self.next.is_some() || shared.ending {
             return;
         }
-        let Some((slot, was_well)) = self.to_be_replaced(shared) else { return };
+        let unwell = self.to_be_replaced(shared).map(|(slot, was_well)| (slot, Trigger::Health, was_well));
+        let chosen =
+            unwell.or_else(|| self.to_be_curbed(shared).map(|(slot, below)| (slot, Trigger::Memory, below)));
+        let Some((slot, trigger, was_well)) = chosen else { return };
         let ask = Ask::Reload { slots: Some(BTreeSet::from([slot])), spec: None };
         let Ok(plan) = self.plan(ask, shared) else { return };
         if let Some(state) = self.slots.get_mut(&slot) {
-            state.relapses.begin(shared.now, was_well);
+            match trigger {
+                Trigger::Memory => state.curb(shared.now, was_well),
+                Trigger::Health | Trigger::Asked => {
+                    state.relapses.begin(shared.now, was_well, RELAPSE_RESET);
+                }
+            }
         }
-        self.begin_planned(Vec::new(), plan, Trigger::Health, shared);
+        self.begin_planned(Vec::new(), plan, trigger, shared);
     }
 
     /// The first slot whose run may be replaced now, and how long that had been well.
@@ -198,14 +209,17 @@ impl App {
         meant == 1 || self.slots.iter().any(|(other, state)| *other != slot && state.runs.iter().any(well))
     }
 
-    /// Whether this run is on its way out because it failed its health check.
-    pub(super) fn is_condemned(&self, run: &Run) -> bool {
-        self.operation.as_ref().is_some_and(|operation| {
-            operation.trigger == Trigger::Health
-                && operation.covers(run.id.slot)
-                && operation.revision != run.revision
-                && run.health() == Some(Health::Unhealthy)
-        })
+    /// Why this run is on its way out, where that is because it failed its health check or uses too much memory.
+    pub(super) fn condemned(&self, run: &Run) -> Option<ExitReason> {
+        let operation = self.operation.as_ref()?;
+        if !operation.covers(run.id.slot) || operation.revision == run.revision {
+            return None;
+        }
+        match operation.trigger {
+            Trigger::Health => (run.health() == Some(Health::Unhealthy)).then_some(ExitReason::Health),
+            Trigger::Memory => Some(ExitReason::Memory),
+            Trigger::Asked => None,
+        }
     }
 }
 
@@ -219,10 +233,10 @@ mod tests {
     fn who_is_replaced_again_and_again_is_replaced_ever_more_rarely() {
         let mut relapses = Relapses::default();
         for expected in [15, 30, 60, 120, 240, 480, 600, 600] {
-            relapses.begin(NOW, Duration::from_secs(5));
+            relapses.begin(NOW, Duration::from_secs(5), RELAPSE_RESET);
             assert_eq!(relapses.pause_until, Some(NOW + Duration::from_secs(expected)));
         }
-        relapses.begin(NOW, RELAPSE_RESET);
+        relapses.begin(NOW, RELAPSE_RESET, RELAPSE_RESET);
         assert_eq!(relapses.pause_until, Some(NOW + RELAPSE_PAUSE), "ten minutes of health are a new life");
     }
 

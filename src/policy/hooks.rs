@@ -17,14 +17,14 @@ use std::sync::Arc;
 use crate::model::exit::ExitReason;
 use crate::model::id::{Generation, InstanceId, PmId, Slot};
 use crate::model::moment::Moment;
-use crate::model::saved::{Desired, HookKind, HookMemo};
+use crate::model::saved::{Desired, HookKind, HookMemo, Trigger};
 use crate::model::spec::AppSpec;
 
 use super::admit::Kind;
 use super::app::{App, Shared};
 use super::ledger::{After, Pending, Serial};
 use super::news::What;
-use super::operation::{Operation, Stage, Trigger};
+use super::operation::{Operation, Stage};
 use super::slot::Rest;
 use super::vocabulary::{Action, AppOutcome, HookEnd, StepKind};
 use super::wanted::{Change, slot_at};
@@ -350,7 +350,7 @@ impl App {
         let Some(operation) = &self.operation else { return self.unprepared.then(prepares) };
         let kind = match (operation.kind, operation.stage) {
             _ if self.unprepared => return Some(prepares()),
-            // The save under way may be durable before anybody hears of it.
+            // What is being saved may be on disk when this supervisor dies, and is started by the next one.
             (Kind::Start, Stage::Saving | Stage::Preparing) => HookKind::PreStart,
             (_, Stage::Preparing) if operation.held_back => HookKind::PreStart,
             (Kind::Stop, Stage::Winding) => HookKind::PostStop,

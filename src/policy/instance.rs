@@ -28,6 +28,7 @@ use crate::model::spec::AppSpec;
 use crate::model::status::Status;
 
 use super::health::Pulse;
+use super::memory::Gauge;
 use super::stop::{Cause, Ladder};
 use super::vocabulary::{Action, RunState, RunView};
 
@@ -54,6 +55,8 @@ pub(super) struct Run {
     pub(super) settle: Duration,
     /// What probes of the present phase have said.
     pub(super) pulse: Pulse,
+    /// What was measured of its memory since it is in rotation.
+    pub(super) gauge: Gauge,
     /// The files it was started from, once that is known.
     pub(super) from: Option<Arc<StartedFrom>>,
     /// The files it is to be started from, where that is not up to its spec: a rollback.
@@ -153,6 +156,7 @@ impl Run {
             keys: BTreeSet::new(),
             settle,
             pulse: Pulse::default(),
+            gauge: Gauge::default(),
             from: None,
             again: None,
             proves_until: None,
@@ -161,25 +165,36 @@ impl Run {
     }
 
     /// From now on it follows these rules. How it says that it is ready was settled when it was spawned; for its health
-    /// it is asked anew where the question is another one.
-    pub(super) fn take_over(&mut self, spec: &Arc<AppSpec>, now: Moment) -> Option<Action> {
+    /// it is asked anew where the question is another one, and its memory is measured against another limit.
+    pub(super) fn take_over(&mut self, spec: &Arc<AppSpec>, now: Moment) -> Vec<Action> {
         let another = self.spec.health != spec.health && self.is_ready();
+        let other_limit = self.spec.max_memory != spec.max_memory;
         let spawned = !matches!(self.phase, Phase::Queued);
         self.spec = if spawned && spec.ready != self.spec.ready {
             Arc::new(AppSpec { ready: self.spec.ready.clone(), ..AppSpec::clone(spec) })
         } else {
             Arc::clone(spec)
         };
-        if !another {
-            return None;
+        let mut actions = Vec::new();
+        if another {
+            self.pulse = Pulse::default();
+            let ask = self.ask_for_health(now);
+            actions.push(ask.unwrap_or_else(|| Action::StopProbing { id: self.id.clone() }));
         }
-        self.pulse = Pulse::default();
-        Some(self.ask_for_health(now).unwrap_or_else(|| Action::StopProbing { id: self.id.clone() }))
+        if other_limit {
+            self.gauge = Gauge::default();
+            if self.is_ready() {
+                let watch = self.watch_memory();
+                actions.push(watch.unwrap_or_else(|| Action::UnwatchMemory { id: self.id.clone() }));
+            }
+        }
+        actions
     }
 
-    /// It is in rotation: connections come, and it is asked for its health.
+    /// It is in rotation: connections come, it is asked for its health, and its memory is measured.
     pub(super) fn serve(&self, now: Moment, actions: &mut Vec<Action>) {
         actions.extend(self.ask_for_health(now));
+        actions.extend(self.watch_memory());
         if self.spec.has_rotation() {
             actions.push(Action::PutIn { id: self.id.clone() });
         }
@@ -268,6 +283,7 @@ impl Run {
     pub(super) fn put_in(&mut self, now: Moment) {
         self.ready_at = Some(now);
         self.pulse = Pulse::default();
+        self.gauge = Gauge::default();
         self.phase = Phase::Ready;
     }
 
@@ -380,6 +396,7 @@ impl Run {
             },
             health: self.health(),
             failed_probes: self.pulse.failed,
+            over_memory: self.is_oversized().then_some(self.gauge.bytes),
             state: self.state(),
         }
     }
@@ -423,6 +440,7 @@ impl Run {
             from: self.from.clone(),
             said_ready: matches!(self.phase, Phase::Launching { said: true, .. }),
             probes: (self.pulse.passed, self.pulse.failed),
+            over_memory: self.gauge.memo(),
         })
     }
 }

@@ -16,6 +16,7 @@ mod health;
 mod hooks;
 mod instance;
 mod ledger;
+pub mod memory;
 pub mod news;
 mod operation;
 pub mod plan;

@@ -62,6 +62,13 @@ pub enum What {
         /// Since the kill signal.
         after: Duration,
     },
+    /// The last samples of its memory were all above its limit.
+    MemoryExceeded {
+        /// The last of them, in bytes.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// Its successor is started after a pause.
     RestartScheduled {
         /// How long the pause is.

@@ -14,20 +14,21 @@ use std::sync::Arc;
 
 use crate::model::exit::ExitReason;
 use crate::model::id::{AppName, InstanceId, Slot};
-use crate::model::saved::{Desired, HookKind, ReloadMemo, StartedFrom};
+use crate::model::saved::{Desired, HookKind, ReloadMemo, StartedFrom, Trigger};
 use crate::model::spec::AppSpec;
 
 use super::admit::{Kind, Slots};
 use super::app::{App, Shared};
 use super::asked::Plan;
 use super::batch::RequestKey;
+use super::health::Relapses;
 use super::instance::Run;
 use super::ledger::{After, Pending, Serial};
 use super::restart::Streak;
 use super::slot::Rest;
 use super::stop::Cause;
 use super::vocabulary::{Action, AppOutcome, IdleConnections, Rollback, StepKind};
-use super::wanted::{Change, slot_at};
+use super::wanted::{Change, is_same_program, slot_at};
 
 /// What is going on with an app.
 #[derive(Clone, Debug)]
@@ -76,15 +77,6 @@ pub(super) struct Operation {
     pub(super) owes_post_stop: bool,
     /// A hook that failed without keeping anything from being done.
     pub(super) hook_failure: Option<(HookKind, InstanceId, String)>,
-}
-
-/// Who wants an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trigger {
-    /// Somebody asked for it.
-    Asked,
-    /// The health check of a run: what somebody asks for meanwhile comes after it and is not refused.
-    Health,
 }
 
 /// What supersedes an operation when the daemon is asked to end.
@@ -158,6 +150,7 @@ impl Operation {
     /// What an earlier supervisor knew of it.
     pub(super) fn recall(&mut self, memo: &ReloadMemo) {
         self.from = memo.from.iter().cloned().collect();
+        self.trigger = memo.trigger;
         if memo.failure.is_some() {
             self.stage = Stage::Undoing;
             self.failure = memo.failure.clone();
@@ -186,6 +179,7 @@ impl Operation {
             failure: self.failure.clone(),
             restored: self.restored.iter().copied().collect(),
             from: self.from.iter().map(|(slot, from)| (*slot, Arc::clone(from))).collect(),
+            trigger: self.trigger,
         })
     }
 }
@@ -380,10 +374,27 @@ impl App {
     pub(super) fn follow_rules(&mut self, shared: &mut Shared) {
         let Some(saved) = shared.ledger.wanted.app(&self.name) else { return };
         let (spec, revision) = (Arc::clone(&saved.spec), saved.revision);
-        let runs = self.slots.values_mut().flat_map(|state| &mut state.runs);
-        let same = runs.filter(|run| run.revision == revision);
-        let asked_anew: Vec<Action> = same.filter_map(|run| run.take_over(&spec, shared.now)).collect();
-        shared.actions.push(Action::TakeOver { app: self.name.clone(), spec, revision });
+        // Of a release before there may be instances too that run nothing else.
+        let follows = |run: &&mut Run| run.revision == revision || is_same_program(&run.spec, &spec);
+        let mut revisions = BTreeSet::from([revision]);
+        let mut asked_anew = Vec::new();
+        for state in self.slots.values_mut() {
+            for run in state.runs.iter_mut().filter(follows) {
+                revisions.insert(run.revision);
+                // How often the limit before was crossed says nothing about this one.
+                if run.spec.max_memory != spec.max_memory {
+                    state.overruns = Relapses::default();
+                }
+                asked_anew.extend(run.take_over(&spec, shared.now));
+            }
+        }
+        for revision in revisions {
+            shared.actions.push(Action::TakeOver {
+                app: self.name.clone(),
+                spec: Arc::clone(&spec),
+                revision,
+            });
+        }
         shared.actions.extend(asked_anew);
     }
 

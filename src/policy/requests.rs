@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, OpId, Slot};
 use crate::model::saved::{Desired, SavedApp, SavedFleet, SavedSlot};
 use crate::model::spec::AppSpec;
@@ -17,7 +16,7 @@ use super::plan::{self, Measure, Plan, Planned, Present};
 use super::restart::Streak;
 use super::slot::Rest;
 use super::vocabulary::{Action, AppOutcome, Command, Outcome, Refusal, Selected, Verb};
-use super::wanted::{slot_at, spec_of};
+use super::wanted::{is_same_program, slot_at, spec_of};
 impl Fleet {
     pub(super) fn asked(&mut self, op: OpId, command: Command) {
         if self.ending.is_some() {
@@ -246,11 +245,10 @@ impl Fleet {
 /// behind. One that was replaced alone, because somebody asked for that or because it was unhealthy, has left no other
 /// behind.
 fn is_of_another(slot: &SavedSlot, saved: &SavedApp) -> bool {
-    let other = || differences(spec_of(saved, slot.revision), &saved.spec);
     slot.desired == Desired::Running
         && slot.revision != 0
         && slot.revision != saved.revision
-        && (slot.behind || other().iter().any(|one| one.weight == Weight::Process))
+        && (slot.behind || !is_same_program(spec_of(saved, slot.revision), &saved.spec))
 }
 
 fn part_of(step: &Planned, plan: &Plan) -> Part {

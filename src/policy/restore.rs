@@ -25,6 +25,7 @@ use super::fleet::{Fleet, Settings};
 use super::health::{Pulse, Relapses};
 use super::instance::{Phase, ReadySource, Run, START_SETTLE, ready_source};
 use super::ledger::After;
+use super::memory::Gauge;
 use super::operation::{Operation, Stage};
 use super::restart::Streak;
 use super::slot::{Rest, SlotState};
@@ -184,6 +185,7 @@ impl Fleet {
                 (state.last_exit, state.by_itself) = (memo.last_exit, memo.by_itself);
                 state.ended = memo.ended;
                 state.relapses = Relapses { count: memo.relapses, pause_until: memo.replace_after };
+                state.overruns = Relapses { count: memo.overruns, pause_until: memo.curb_after };
                 state.next_generation = state.next_generation.max(memo.newest.0 + 1);
                 if wanted.desired == Desired::Running {
                     state.rest = match memo.restart_at {
@@ -241,6 +243,7 @@ impl Fleet {
                 run.from = memo.from;
                 run.ready_at = memo.ready_at;
                 run.pulse = Pulse::known(memo.probes.0, memo.probes.1);
+                run.gauge = Gauge::known(memo.over_memory);
                 if let Some((began, decided)) = memo.stopping {
                     match decided {
                         Some(at) => {
@@ -438,6 +441,8 @@ fn ordered(action: &Action) -> Option<&InstanceId> {
         Action::PutIn { id }
         | Action::Probe { id, .. }
         | Action::StopProbing { id }
+        | Action::WatchMemory { id, .. }
+        | Action::UnwatchMemory { id }
         | Action::TakeOut { id }
         | Action::AskKillListeners { id, .. }
         | Action::Drain { id, .. }

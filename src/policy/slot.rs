@@ -40,6 +40,8 @@ pub(super) struct SlotState {
     pub(super) overdraws: bool,
     /// Runs that were replaced here because they were unhealthy.
     pub(super) relapses: Relapses,
+    /// Likewise because they were over their memory limit.
+    pub(super) overruns: Relapses,
 }
 
 /// What a slot does while no run is live in it.
@@ -76,6 +78,7 @@ impl SlotState {
             reserve_at: None,
             overdraws: false,
             relapses: Relapses::default(),
+            overruns: Relapses::default(),
         }
     }
 
@@ -149,6 +152,7 @@ impl SlotState {
             by_itself: self.by_itself,
             waiting_for: Vec::new(),
             replace_after: self.relapses.pause_until,
+            curb_after: self.overruns.pause_until,
         }
     }
 
@@ -174,6 +178,8 @@ impl SlotState {
             gated: self.is_at_rest(),
             relapses: self.relapses.count,
             replace_after: self.relapses.pause_until,
+            overruns: self.overruns.count,
+            curb_after: self.overruns.pause_until,
         }
     }
 }

@@ -129,6 +129,14 @@ pub enum Event {
         /// How it went.
         result: ProbeResult,
     },
+    /// An answer to `WatchMemory`; one after the other, until `UnwatchMemory`. The first one always comes; one at or below
+    /// the limit that follows another such may be left out, and so may those above it after the first few in a row.
+    Measured {
+        /// Which run.
+        id: InstanceId,
+        /// What its processes use together.
+        bytes: u64,
+    },
     /// A hook has ended, with every process that it had started, and its output is read. Answer to `RunHook`.
     HookEnded {
         /// Which run of a hook.
@@ -387,6 +395,18 @@ pub enum Action {
     },
     /// Ask this run no more.
     StopProbing {
+        /// Which run.
+        id: InstanceId,
+    },
+    /// Measure the memory of this run again and again, in place of what was asked before. Answers `Measured`.
+    WatchMemory {
+        /// Which run.
+        id: InstanceId,
+        /// What it may use, in bytes.
+        limit: u64,
+    },
+    /// Measure the memory of this run no more.
+    UnwatchMemory {
         /// Which run.
         id: InstanceId,
     },
@@ -734,6 +754,8 @@ pub struct SlotView {
     pub waiting_for: Vec<AppName>,
     /// Before this moment an unhealthy run is not replaced: others of this slot have been, shortly before.
     pub replace_after: Option<crate::model::moment::Moment>,
+    /// Likewise one that is over its memory limit.
+    pub curb_after: Option<crate::model::moment::Moment>,
 }
 
 /// What is shown about one run.
@@ -757,6 +779,8 @@ pub struct RunView {
     pub health: Option<Health>,
     /// How many probes in a row have failed.
     pub failed_probes: u32,
+    /// It is over its memory limit, with so many bytes.
+    pub over_memory: Option<u64>,
     /// Where it stands in more words than the table has.
     pub state: RunState,
 }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::model::difference::{Weight, differences};
 use crate::model::id::{AppName, Generation, PmId, Slot};
 use crate::model::saved::{Desired, SavedApp, SavedFleet, SavedOperation, SavedSlot};
 use crate::model::spec::AppSpec;
@@ -218,7 +219,13 @@ impl Wanted {
             }
             Change::Adjust { app, spec } => {
                 self.edit(app, |app, next| {
-                    app.spec = Arc::clone(spec);
+                    let before = std::mem::replace(&mut app.spec, Arc::clone(spec));
+                    // Instances that were not replaced when another one was, alone, follow the rules as that one does.
+                    for (older, _) in app.previous.iter_mut().chain(&mut app.older) {
+                        if is_same_program(older, &before) {
+                            *older = Arc::clone(spec);
+                        }
+                    }
                     resize(app, spec.instances, next);
                 });
             }
@@ -393,6 +400,11 @@ fn revert(app: &mut SavedApp, replaced: &BTreeSet<Slot>, next_pm_id: &mut u32) {
         app.spec = Arc::new(spec);
     }
     forget_unused(app);
+}
+
+/// Whether instances of the two differ in nothing but rules of ours.
+pub(super) fn is_same_program(one: &AppSpec, other: &AppSpec) -> bool {
+    differences(one, other).iter().all(|one| one.weight != Weight::Process)
 }
 
 /// The spec of a release that a slot or a run names.

@@ -82,6 +82,8 @@ pub enum Input {
     SaidReady(InstanceId, Option<oneshot::Sender<()>>),
     /// An instance was asked how it is.
     Probed(Box<Finding>),
+    /// What these instances use of memory, in bytes; they have a limit.
+    Measured(Vec<(InstanceId, u64)>),
     /// A connection to be handed to an instance by its agent.
     HandProbe {
         /// Whom.
@@ -680,6 +682,12 @@ impl Driver {
                 None
             }
             Input::Probed(answer) => self.world.probed(*answer),
+            Input::Measured(measured) => {
+                for (id, bytes) in measured {
+                    self.turn(Event::Measured { id, bytes });
+                }
+                None
+            }
             Input::HandProbe { id, socket } => {
                 self.world.hand_probe(id, socket);
                 None

@@ -22,6 +22,7 @@ use crate::model::exit::ExitReason;
 use crate::model::foreground::{Foreground, LineForm, VARIABLE};
 use crate::model::id::OpId;
 use crate::model::moment::Moment;
+use crate::model::process::{rounded_size, size};
 use crate::model::spec::AppSpec;
 use crate::policy::finished::{self, Finished};
 use crate::policy::news::{News, What};
@@ -201,6 +202,13 @@ impl Front {
             }
             What::RestartScheduled { delay } if !delay.is_zero() => {
                 tracing::info!("{subject} starts again in {}", seconds(*delay));
+            }
+            What::MemoryExceeded { bytes, limit } => {
+                tracing::warn!(
+                    "{subject} uses {} of memory, over its limit of {}",
+                    rounded_size(*bytes),
+                    size(*limit)
+                );
             }
             What::Errored { reason } => tracing::error!("{subject} is given up: {reason}"),
             What::Killed { after } => {

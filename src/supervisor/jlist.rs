@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::value::{RawValue, Value, to_raw_value};
 
-use super::publish::{Numbers, SlotInfo, current_health, health_word, probe_view};
+use super::publish::{Numbers, SlotInfo, current_health, health_word, over_memory, probe_view};
 use crate::ipc::protocol::ProcessView;
 use crate::model::figures::NodeFigures;
 use crate::model::mask::{ShowEnv, shown};
@@ -120,6 +120,9 @@ impl Serialize for Pm2Env<'_> {
         map.put("autorestart", &spec.restart.autorestart)?;
         map.put("autostart", &spec.autostart)?;
         map.put("max_restarts", &spec.restart.max_restarts)?;
+        if let Some(limit) = &spec.max_memory {
+            map.put("max_memory_restart", limit)?;
+        }
         map.put("min_uptime", &millis(spec.restart.min_uptime))?;
         map.put("restart_delay", &spec.restart.restart_delay.map_or(0, millis))?;
         map.put("stop_exit_codes", &spec.restart.stop_exit_codes)?;
@@ -273,6 +276,8 @@ impl Serialize for Ours<'_> {
         let probe = info.probe.as_ref().map(|heard| probe_view(heard, clock::now()));
         map.serialize_entry("probe", &probe)?;
         let draining: Vec<Run> = info.view.draining.iter().map(run).collect();
+        // Bytes, while it is over its limit.
+        map.serialize_entry("over_memory", &over_memory(info))?;
         map.serialize_entry("draining", &draining)?;
         map.serialize_entry("rss", &numbers.rss)?;
         map.serialize_entry("pss", &numbers.pss)?;

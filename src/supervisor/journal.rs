@@ -327,6 +327,9 @@ fn words(what: &What) -> Value {
             json!({ "exited": { "reason": reason.to_string(), "by_itself": by_itself, "uptime_ms": ms(uptime) } })
         }
         What::Killed { after } => json!({ "killed": { "after_ms": ms(after) } }),
+        What::MemoryExceeded { bytes, limit } => {
+            json!({ "memory_exceeded": { "bytes": bytes, "limit": limit } })
+        }
         What::RestartScheduled { delay } => json!({ "restart_scheduled": { "in_ms": ms(delay) } }),
         What::Errored { reason } => json!({ "errored": { "reason": reason.to_string() } }),
         What::Ended { reason } => json!({ "ended": { "reason": reason.to_string() } }),

@@ -16,6 +16,7 @@ pub mod jlist;
 pub mod journal;
 pub mod launch;
 pub mod listeners;
+mod memory;
 pub mod notices;
 pub mod operations;
 pub mod outcome;

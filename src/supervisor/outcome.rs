@@ -178,7 +178,7 @@ fn failure_cause(id: &InstanceId, reason: &ExitReason, listen_timeout: Option<Du
         ExitReason::NotStarted(why) => format!("worker {slot} could not be started: {why}"),
         ExitReason::Code(code) => format!("worker {slot} exited with code {code} before it was ready"),
         ExitReason::Signal(signal) => format!("worker {slot} was ended by {signal} before it was ready"),
-        ExitReason::Oom | ExitReason::Health | ExitReason::Unknown => {
+        ExitReason::Oom | ExitReason::Health | ExitReason::Memory | ExitReason::Unknown => {
             format!("worker {slot} ended: {reason}")
         }
     }

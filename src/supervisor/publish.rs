@@ -28,6 +28,7 @@ use crate::model::figures::NodeFigures;
 use crate::model::id::InstanceId;
 use crate::model::mask::{self, ShowEnv, shown};
 use crate::model::moment::{Moment, millis};
+use crate::model::process::{rounded_size, size};
 use crate::model::spec::{AppSpec, Balance, Runtime};
 use crate::model::status::Status;
 use crate::policy::vocabulary::{Health, ProbeResult, ProbeRole, RunState, RunView, SlotView};
@@ -334,6 +335,12 @@ fn note(slot: &SlotInfo, now: Moment) -> Option<String> {
         Some(Health::Failing { failed }) => notes.push(format!("health check failed {failed}×: {}", heard())),
         Some(Health::Unknown | Health::Healthy) | None => {}
     }
+    if let (Some(bytes), Some(limit)) = (over_memory(slot), slot.spec.max_memory) {
+        notes.push(format!("uses {}, over its limit of {}", rounded_size(bytes), size(limit)));
+        if let Some(at) = view.curb_after {
+            notes.push(format!("not replaced again for {}", seconds(at.since(now))));
+        }
+    }
     let are = |states: &[RunState]| view.draining.iter().filter(|run| states.contains(&run.state)).count();
     let left = view.draining.iter().filter_map(|run| run.kill_at).max();
     match (are(&[RunState::Draining, RunState::Stopping]), left) {
@@ -390,6 +397,11 @@ fn detail(slot: &SlotInfo, numbers: Numbers, show: ShowEnv, now: Moment) -> Inst
 /// The current run's health.
 pub(super) fn current_health(slot: &SlotInfo) -> Option<Health> {
     slot.view.current.as_ref().filter(|run| run.status == Status::Online)?.health
+}
+
+/// What the current run uses, while that is more than it may.
+pub(super) fn over_memory(slot: &SlotInfo) -> Option<u64> {
+    slot.view.current.as_ref().filter(|run| run.status == Status::Online)?.over_memory
 }
 
 /// One word for it.

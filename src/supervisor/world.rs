@@ -5,6 +5,7 @@
 pub mod adopt;
 mod groups;
 mod hooks;
+mod memory;
 mod probes;
 mod start;
 
@@ -62,6 +63,7 @@ use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp,
 use crate::sys::{clock, guarded, orphans, poll};
 use groups::Groups;
 use hooks::HookProcesses;
+use memory::MemoryLimits;
 pub use probes::Heard;
 use probes::Probes;
 
@@ -179,6 +181,7 @@ pub struct World {
     /// Why a `listen()` of these runs failed.
     listen_failures: HashMap<InstanceId, String>,
     probes: Probes,
+    memory: MemoryLimits,
     hooks: HookProcesses,
     /// The keeper has said that another one follows.
     successor_announced: bool,
@@ -285,6 +288,7 @@ impl World {
             steering: Steering::default(),
             listen_failures: HashMap::new(),
             probes: Probes::default(),
+            memory: MemoryLimits::default(),
             hooks: HookProcesses::default(),
             successor_announced: false,
             groups: Groups::new(cgroup, keeper_version),
@@ -457,6 +461,14 @@ impl World {
                 self.stop_probing(&id);
                 Vec::new()
             }
+            Action::WatchMemory { id, limit } => {
+                self.watch_memory(id, limit);
+                Vec::new()
+            }
+            Action::UnwatchMemory { id } => {
+                self.memory.unwatch(&id);
+                Vec::new()
+            }
             Action::Disconnect { id } => self.dispatch(Command::Disconnect { id }),
             Action::SendShutdown { id } => self.dispatch(Command::SendShutdown { id }),
             Action::Signal { id, signal, mode } => {
@@ -626,6 +638,7 @@ impl World {
     fn forget(&mut self, id: &InstanceId) {
         let Some(run) = self.runs.remove(id) else { return };
         self.stop_probing(id);
+        self.memory.gone(id);
         // A release that did not come to stay leaves the file to the one that does.
         let other = self.runs.iter().filter(|(other, _)| other.app == id.app && other.slot == id.slot);
         let newest = other.max_by_key(|(other, _)| other.generation);
@@ -743,7 +756,9 @@ impl World {
 
     fn has_process(&mut self, id: &InstanceId, pid: u32, start_ticks: u64) {
         let Some(run) = self.runs.get_mut(id) else { return };
-        run.process = Some(ProcessId { pid: pid.cast_signed(), start_ticks });
+        let process = ProcessId { pid: pid.cast_signed(), start_ticks };
+        run.process = Some(process);
+        self.memory.appeared(id, process);
         let pm_id = run.tag.pm_id;
         self.by_pid.insert(pid, id.clone());
         if !id.slot.is_hook() {

@@ -32,6 +32,7 @@ mod languages;
 mod limits;
 mod log_lines;
 mod logs;
+mod memory;
 mod mix;
 mod node_apps;
 mod numbers;

@@ -27,6 +27,8 @@ pub(crate) struct Behaviour {
     pub(crate) keys: u32,
     /// When it fails its health check for ever.
     pub(crate) sick_after: Option<Duration>,
+    /// When it uses more memory than it may, for ever.
+    pub(crate) fat_after: Option<Duration>,
     /// When it ends by itself, with this code.
     pub(crate) exits_after: Option<(Duration, i32)>,
     /// How long after the kill signal it ends; `None`: it ignores it.
@@ -51,6 +53,7 @@ impl Default for Behaviour {
             listens_after: None,
             keys: 1,
             sick_after: None,
+            fat_after: None,
             exits_after: None,
             obeys_after: Some(millis(5)),
             drains_after: Some(millis(1)),
@@ -73,6 +76,10 @@ impl Behaviour {
 
     pub(crate) fn sick_after(after: Duration) -> Self {
         Self { sick_after: Some(after), ..Self::default() }
+    }
+
+    pub(crate) fn fat_after(after: Duration) -> Self {
+        Self { fat_after: Some(after), ..Self::default() }
     }
 
     pub(crate) fn ignores_signals() -> Self {

@@ -2,13 +2,14 @@
 //! after any prefix of its actions.
 //!
 //! `scenarios` tells stories about single promises, `together` about promises that meet; `overlap` lets every command meet every operation at every instant of
-//! it; `random` throws 20,000 seeded sequences at the same world and
+//! it; `memory` does that with memory limits; `random` throws 20,000 seeded sequences at the same world and
 //! checks the invariants of `world` after every turn; `sabotage` plants bugs between the fleet and the world and
 //! demands that the invariants find each of them.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests, where a panic is an answer")]
 
 mod behaviour;
+mod memory;
 mod overlap;
 mod pains;
 mod random;

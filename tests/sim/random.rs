@@ -28,6 +28,12 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
     let mut world = World::new(rng.next());
     world.verbose = verbose;
     world.sabotage = Sabotage::new(bug);
+    // Ten minutes of calm are long.
+    world.weighed_every = secs(6);
+    // With chances of their own, so that the stories of old are told on.
+    world.appetite = Rng::new(seed ^ 0x00c0_ffee);
+    let limited = APPS.iter().filter(|_| world.appetite.chance(40)).map(|app| name(app)).collect();
+    world.limited = limited;
     world.unkind = Unkind {
         save_fails: *rng.pick(&[0, 0, 5, 40]),
         save_delay: *rng.pick(&[0, 3, 50]),
@@ -50,6 +56,11 @@ pub(crate) fn story(seed: u64, bug: Bug, verbose: bool) -> (World, Option<Broken
             break;
         }
         step(&mut world, &mut rng, &likes);
+        if world.appetite.chance(20) {
+            let slot = u32::try_from(world.appetite.below(3)).unwrap();
+            let app = *world.appetite.pick(&APPS);
+            world.fatten(app, slot);
+        }
         if world.quit {
             world.new_daemon();
         }
@@ -101,6 +112,9 @@ fn any_spec(world: &World, rng: &mut Rng, app: &str, likes: &[specs::Like; 2]) -
     }
     if rng.chance(15) {
         spec.hooks = specs::hooks();
+    }
+    if world.limited.contains(&spec.name) {
+        spec.max_memory = Some(specs::LIMIT);
     }
     let rules = &mut spec.reload;
     if rng.chance(15) {

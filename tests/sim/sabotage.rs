@@ -10,12 +10,14 @@ use pm::model::id::{AppName, Generation, InstanceId, OpId, Slot};
 use pm::model::saved::{Desired, Found, SavedFleet};
 use pm::model::signal::Signal;
 use pm::model::spec::KillMode;
+use pm::policy::memory::SAMPLES;
 use pm::policy::vocabulary::{
     Action, AppOutcome, Command, Event, IdleConnections, Outcome, ProbeResult, ProbeRole, RequestsInFlight,
     Verb,
 };
 
 use crate::random::first_breach;
+use crate::specs::LIMIT;
 
 /// A bug.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +68,10 @@ pub(crate) enum Bug {
     ProbeLies,
     /// The health check of the first slot is believed whatever it says.
     BelieveWell,
+    /// Whoever is measured uses too much.
+    AllTooLarge,
+    /// Who is on its way out is measured on.
+    KeepMeasuring,
     /// Who is on its way out is asked on.
     KeepProbing,
     /// Hooks count as succeeded without having been run.
@@ -136,6 +142,9 @@ impl Sabotage {
             }
             (Bug::ProbeLies, Event::Probed { id, role: ProbeRole::Ready, .. }) => {
                 vec![Event::Probed { id, role: ProbeRole::Ready, result: ProbeResult::Passed }]
+            }
+            (Bug::AllTooLarge, Event::Measured { id, .. }) => {
+                vec![Event::Measured { id, bytes: LIMIT * 2 }; SAMPLES as usize]
             }
             (Bug::BelieveWell, Event::Probed { id, role: ProbeRole::Health, .. }) if id.slot == Slot(0) => {
                 vec![Event::Probed { id, role: ProbeRole::Health, result: ProbeResult::Passed }]
@@ -236,6 +245,7 @@ impl Sabotage {
                 out.push(Action::RunHook { id: other, kind, pm_id, spec, errored: twice });
             }
             (Bug::KeepProbing, Action::StopProbing { .. })
+            | (Bug::KeepMeasuring, Action::UnwatchMemory { .. })
             | (Bug::DropTakeOut, Action::TakeOut { .. })
             | (Bug::NoPutIn, Action::PutIn { .. })
             | (Bug::DropForget, Action::Forget { .. })
@@ -372,6 +382,8 @@ fn every_planted_bug_is_found() {
         Bug::StopsAtOnce,
         Bug::ProbeLies,
         Bug::BelieveWell,
+        Bug::AllTooLarge,
+        Bug::KeepMeasuring,
         Bug::KeepProbing,
         Bug::SkipHooks,
         Bug::TwoHooks,

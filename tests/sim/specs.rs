@@ -46,6 +46,9 @@ pub(crate) fn hooks() -> Hooks {
     Hooks { pre_start: hook.clone(), pre_reload: hook.clone(), post_stop: hook.clone(), on_errored: hook }
 }
 
+/// What an instance may use in bytes, where it has a limit.
+pub(crate) const LIMIT: u64 = 100 << 20;
+
 pub(crate) fn name(text: &str) -> AppName {
     AppName::new(text).unwrap()
 }

@@ -18,17 +18,18 @@ use pm::model::signal::Signal;
 use pm::model::spec::{AppSpec, Dependency, Hooks, ReloadRules, Strategy};
 use pm::model::status::Status;
 use pm::policy::fleet::{AppView, Fleet, Settings};
+use pm::policy::memory::SAMPLES;
 use pm::policy::news::{News, What};
 use pm::policy::vocabulary::{
     Action, AppOutcome, Command, Event, Health, HookEnd, Outcome, ProbeResult, ProbeRole, Retry, Rollback,
-    RunState, SaveId, Selected, SlotView, Step, StepKind, Verb,
+    RunState, RunView, SaveId, Selected, SlotView, Step, StepKind, Verb,
 };
 
 use crate::behaviour::{Behaviour, millis, secs};
 use crate::random::APPS;
 use crate::rng::Rng;
 use crate::sabotage::{Bug, Sabotage};
-use crate::specs::{Like, name, spec};
+use crate::specs::{LIMIT, Like, name, spec};
 
 /// Three apps that need each other one after the other, each of which drains, ignores its signal and has hooks that hang;
 /// and a few naps of the machine.
@@ -89,6 +90,10 @@ pub(crate) struct Proc {
     pub(crate) passed: bool,
     /// The last answer that the fleet heard was a good one.
     pub(crate) known_well: bool,
+    /// Its limit, and the number of the order to measure it.
+    pub(crate) weighed: Option<(u64, u64)>,
+    /// Samples of its memory in a row above the limit; `None`: there was none yet.
+    heavy: Option<u32>,
 }
 
 impl Proc {
@@ -119,9 +124,26 @@ impl Proc {
         self.behaviour.sick_after.is_some_and(|after| self.born + after + span <= now)
     }
 
+    /// Whether it uses more memory than it may.
+    fn is_fat(&self, now: Moment) -> bool {
+        self.spec.max_memory.is_some()
+            && self.behaviour.fat_after.is_some_and(|after| self.born + after <= now)
+    }
+
     fn serves(&self) -> bool {
         self.may_serve() && !self.ladder
     }
+}
+
+/// A reload that is going on.
+#[derive(Clone, Debug)]
+struct Reloading {
+    /// Somebody asked for it, or may have.
+    asked: bool,
+    /// It has begun to act.
+    acts: bool,
+    /// The slots that it has taken down.
+    taken: BTreeSet<Slot>,
 }
 
 /// Something that is going to happen.
@@ -137,6 +159,8 @@ enum Happening {
     HookEnds(InstanceId, HookKind, Option<HookEnd>),
     /// It is asked how it is.
     Asked(InstanceId, ProbeRole, u64),
+    /// Its memory is measured.
+    Weighed(InstanceId, u64),
     /// The supervisor hears something that only it waits for.
     Hears(Event),
     /// A late double of what it has heard.
@@ -243,6 +267,16 @@ pub(crate) struct World {
     last_op: Option<OpId>,
     /// Nobody waits for what is on its way down.
     hurried: bool,
+    /// What has to do with memory happens by these chances.
+    pub(crate) appetite: Rng,
+    /// Apps that have a limit in what is random.
+    pub(crate) limited: BTreeSet<AppName>,
+    /// How often memory is measured.
+    pub(crate) weighed_every: Duration,
+    /// Reloads that are going on.
+    own: BTreeMap<AppName, Reloading>,
+    /// How many there were.
+    pub(crate) own_reloads: u32,
 }
 
 impl World {
@@ -297,6 +331,11 @@ impl World {
             hooks_run: Vec::new(),
             last_op: None,
             hurried: false,
+            appetite: Rng::new(seed),
+            limited: BTreeSet::new(),
+            weighed_every: secs(1),
+            own: BTreeMap::new(),
+            own_reloads: 0,
         }
     }
 
@@ -380,9 +419,17 @@ impl World {
         self.each_in_slot(app, slot, |proc| proc.behaviour.sick_after = Some(now.since(proc.born)));
     }
 
-    /// It does not any more.
+    /// The live instance of a slot uses too much memory from now on.
+    pub(crate) fn fatten(&mut self, app: &str, slot: u32) {
+        let now = self.now;
+        self.each_in_slot(app, slot, |proc| proc.behaviour.fat_after = Some(now.since(proc.born)));
+    }
+
+    /// It does neither any more.
     pub(crate) fn cure(&mut self, app: &str, slot: u32) {
-        self.each_in_slot(app, slot, |proc| proc.behaviour.sick_after = None);
+        self.each_in_slot(app, slot, |proc| {
+            (proc.behaviour.sick_after, proc.behaviour.fat_after) = (None, None);
+        });
     }
 
     fn each_in_slot(&mut self, app: &str, slot: u32, change: impl Fn(&mut Proc)) {

@@ -12,7 +12,7 @@ use super::{Look, Terminal, words};
 use crate::config::words as words_of_shell;
 use crate::ipc::protocol::{InstanceDetail, MASK};
 use crate::model::figures::{NodeFigures, Spread};
-use crate::model::process::{ProcessRules, cpu_list};
+use crate::model::process::{ProcessRules, cpu_list, size};
 use crate::model::spec::{AppSpec, Check, Dependency, ExecMode, OnFailure, Runtime, Strategy};
 
 /// Prints one instance.
@@ -278,6 +278,9 @@ fn configuration(spec: &AppSpec) -> Vec<(&'static str, String)> {
     if !spec.restart.stop_exit_codes.is_empty() {
         let codes: Vec<String> = spec.restart.stop_exit_codes.iter().map(i32::to_string).collect();
         lines.push(("stop exit codes", codes.join(", ")));
+    }
+    if let Some(limit) = spec.max_memory {
+        lines.push(("memory limit", format!("{}, replaced when above", size(limit))));
     }
     if let Some(probe) = &spec.health {
         let text = format!(

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::{Terminal, words};
 use crate::config::error::quoted;
+use crate::model::process::{self, rounded_size};
 
 /// One event.
 #[derive(Clone, Debug)]
@@ -88,6 +89,12 @@ impl Event {
             "crashed" => (format!("crashed after {}: {reason}", self.span("uptime_ms")), bad),
             "exited" => (format!("exited after {}: {reason}", self.span("uptime_ms")), plain),
             "failed" => (format!("failed: {reason}"), bad),
+            "memory_exceeded" => {
+                let size =
+                    |key: &str, shown: fn(u64) -> String| self.number(key).map_or_else(String::new, shown);
+                let (used, limit) = (size("bytes", rounded_size), size("limit", process::size));
+                (format!("uses {used} of memory, over its limit of {limit}"), busy)
+            }
             "restart_scheduled" => match self.number("in_ms") {
                 Some(0) => ("restarts at once".to_owned(), busy),
                 _ => (format!("restarts in {}", self.span("in_ms")), busy),

@@ -29,6 +29,7 @@ fn instance(name: &str, slot: u32) -> InstanceMemo {
         said_ready: false,
         left: Some(ExitReason::Signal(crate::model::signal::Signal::INT)),
         probes: (1, 2),
+        over_memory: (3, 300 << 20),
         reserve: true,
         from: Some(Arc::new(StartedFrom { cwd: PathBuf::from("/srv"), script: Some(script) })),
     }
@@ -51,6 +52,8 @@ fn slot(name: &str, slot: u32) -> SlotMemo {
         stop_unsaved: false,
         gated: false,
         relapses: 0,
+        overruns: 2,
+        curb_after: Some(Moment::from_nanos(7)),
         replace_after: None,
     }
 }

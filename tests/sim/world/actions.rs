@@ -146,6 +146,19 @@ impl World {
                     proc.asked = None;
                 }
             }
+            Action::WatchMemory { id, limit } => {
+                self.seq += 1;
+                let order = self.seq;
+                if let Some(proc) = self.procs.get_mut(&id) {
+                    (proc.weighed, proc.heavy) = (Some((limit, order)), None);
+                    self.later(self.weighed_every, Happening::Weighed(id, order));
+                }
+            }
+            Action::UnwatchMemory { id } => {
+                if let Some(proc) = self.procs.get_mut(&id) {
+                    proc.weighed = None;
+                }
+            }
             Action::Disconnect { id } => self.order(id, |proc, _, id| {
                 proc.behaviour.disconnects_after.map(|span| (span, Event::ChannelClosed { id }))
             }),
@@ -184,6 +197,31 @@ impl World {
                     self.later(span, Happening::Hears(event));
                 }
             }
+        }
+    }
+
+    /// A sample of its memory, unless nobody wants it any more.
+    pub(super) fn weighs(&mut self, id: &InstanceId, order: u64) {
+        let (now, every) = (self.now, self.weighed_every);
+        let Some(proc) = self.procs.get_mut(id) else { return };
+        let Some((limit, _)) = proc.weighed.filter(|(_, number)| *number == order) else { return };
+        if proc.exit_told || (proc.ladder && !proc.believed && proc.exited.is_none() && !proc.signal_lost) {
+            return broken!(self, "{id} is measured although it is on its way out");
+        }
+        if proc.spec.max_memory != Some(limit) {
+            let meant = proc.spec.max_memory;
+            return broken!(self, "{id} is measured against {limit} instead of {meant:?}");
+        }
+        let fat = proc.is_fat(now);
+        let before = proc.heavy;
+        let heavy = if fat { before.unwrap_or(0) + 1 } else { 0 };
+        proc.heavy = Some(heavy);
+        let lives = proc.alive();
+        self.later(every, Happening::Weighed(id.clone(), order));
+        // As the daemon does: only what matters is told.
+        let news = before.is_none() || if fat { heavy <= SAMPLES } else { before != Some(0) };
+        if news && lives {
+            self.turn(Event::Measured { id: id.clone(), bytes: if fat { LIMIT * 2 } else { LIMIT / 2 } });
         }
     }
 
@@ -290,7 +328,10 @@ impl World {
         let present = self.files.get(&id.app).filter(|(present, _)| *present == version);
         let released = self.releases.get(&(id.app.clone(), version));
         let behaviour = present.map(|(_, files)| files).or(released).cloned().unwrap_or_default();
-        let behaviour = if self.unkind.moody { Behaviour::random(&mut self.rng) } else { behaviour };
+        let mut behaviour = if self.unkind.moody { Behaviour::random(&mut self.rng) } else { behaviour };
+        if self.unkind.moody && self.limited.contains(&id.app) && self.appetite.chance(15) {
+            behaviour.fat_after = Some(millis(self.appetite.below(20_000)));
+        }
         self.procs.insert(
             id.clone(),
             Proc {
@@ -316,6 +357,8 @@ impl World {
                 asked: None,
                 passed: false,
                 known_well: false,
+                weighed: None,
+                heavy: None,
             },
         );
         self.check_surge(&id.app);

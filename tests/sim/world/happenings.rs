@@ -52,6 +52,7 @@ impl World {
             }
             Happening::HookEnds(id, kind, end) => self.hook_ends(id, kind, end),
             Happening::Asked(id, role, order) => self.answers(&id, role, order),
+            Happening::Weighed(id, order) => self.weighs(&id, order),
             Happening::Hears(event) => {
                 if let Event::Settled { id } = &event
                     && let Some(proc) = self.procs.get_mut(id)

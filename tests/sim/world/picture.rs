@@ -17,6 +17,18 @@ impl World {
         self.rows(app).iter().map(|row| row.current.as_ref().and_then(|run| run.health)).collect()
     }
 
+    pub(crate) fn over_memory(&self, app: &str) -> Vec<Option<u64>> {
+        self.rows(app).iter().map(|row| row.current.as_ref().and_then(|run| run.over_memory)).collect()
+    }
+
+    pub(crate) fn online_count(&self, app: &str) -> usize {
+        self.rotation.iter().filter(|id| id.app == name(app)).count()
+    }
+
+    pub(crate) fn unstable(&self, app: &str) -> Vec<u32> {
+        self.rows(app).iter().map(|row| row.unstable).collect()
+    }
+
     pub(crate) fn restarts(&self, app: &str) -> Vec<u32> {
         self.rows(app).iter().map(|row| row.restarts).collect()
     }

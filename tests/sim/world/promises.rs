@@ -125,6 +125,14 @@ impl World {
         let Some(view) = self.fleet.as_ref().and_then(|fleet| fleet.app(&id.app)) else { return };
         self.check_health_cap(id, &view);
         self.check_cause(id, &view);
+        if let Some(own) =
+            self.own.get_mut(&id.app).filter(|own| view.operation == Some("reload") && !own.asked)
+        {
+            own.taken.insert(id.slot);
+            if own.taken.len() > 1 {
+                broken!(self, "{id} is the second one that is taken down although nobody asked for it");
+            }
+        }
         if view.operation != Some("reload") || !view.spec.can_overlap() {
             return;
         }
@@ -271,6 +279,55 @@ impl World {
             self.break_promise(lie);
         }
         self.check_floor(&views);
+        self.check_own(&views);
+    }
+
+    /// Reloads that nobody asked for: there is a reason, nobody else is taken down, and somebody serves meanwhile.
+    fn check_own(&mut self, views: &[AppView]) {
+        let mut own = BTreeMap::new();
+        for view in views.iter().filter(|view| view.operation == Some("reload")) {
+            let app = &view.spec.name;
+            let saved = self.fleet.as_ref().map(Fleet::saved).unwrap_or_default();
+            let acts = saved.apps.iter().any(|one| one.spec.name == *app && one.operation.is_some());
+            let asked = self.died || self.open.values().any(|(_, command)| concerns(command, app));
+            // The next one may begin in the turn in which the one before has ended: then a pause begins, too.
+            let pauses = view.slots.iter().flat_map(|slot| [slot.replace_after, slot.curb_after]).flatten();
+            let begins = pauses.map(|at| at.since(self.now)).any(|span| {
+                span >= secs(15) && span.subsec_nanos() == 0 && (span.as_secs() / 15).is_power_of_two()
+                    || span == secs(600)
+            });
+            if let Some(mut known) = self.own.remove(app).filter(|known| !(known.acts && !acts && begins)) {
+                (known.acts, known.asked) = (known.acts || acts, known.asked || asked);
+                own.insert(app.clone(), known);
+                continue;
+            }
+            own.insert(app.clone(), Reloading { asked, acts, taken: BTreeSet::new() });
+            if asked {
+                continue;
+            }
+            self.own_reloads += 1;
+            let runs = || view.slots.iter().filter_map(|slot| slot.current.as_ref());
+            let why = |run: &&RunView| run.over_memory.is_some() || run.health == Some(Health::Unhealthy);
+            if !runs().any(|run| why(&run)) {
+                broken!(self, "{app} is reloaded, and nobody asked for it");
+            }
+            let fat = |id: &InstanceId| self.procs.get(id).is_some_and(|proc| proc.heavy > Some(0));
+            if let Some(lean) = runs().find(|run| run.over_memory.is_some() && !fat(&run.id)) {
+                let id = lean.id.clone();
+                broken!(self, "{id} is said to use memory that it does not use");
+            }
+            let meant =
+                saved.apps.iter().filter(|saved| saved.spec.name == *app).flat_map(|saved| &saved.slots);
+            let several = meant.filter(|slot| slot.desired == Desired::Running).count() > 1;
+            let serves = |run: &RunView| {
+                run.state == RunState::Online && run.health.is_none_or(|health| health == Health::Healthy)
+            };
+            let spared = |run: &&RunView| runs().any(|other| other.id != run.id && serves(other));
+            if several && !view.spec.can_overlap() && !runs().filter(|run| why(run)).any(|run| spared(&run)) {
+                broken!(self, "{app}: one goes before its successor is there, and no other serves");
+            }
+        }
+        self.own = own;
     }
 
     /// However a reload goes about it: as long as nothing dies by itself, the number of those in rotation does not fall

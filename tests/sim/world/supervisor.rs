@@ -26,7 +26,8 @@ impl World {
                 | Happening::HearsAgain(_)
                 | Happening::TreeGoes(_)
                 | Happening::HookEnds(..)
-                | Happening::Asked(..) => {}
+                | Happening::Asked(..)
+                | Happening::Weighed(..) => {}
                 Happening::Says(..) | Happening::Exits(..) | Happening::SupervisorStarts => {
                     self.agenda.insert(key, happening);
                 }
@@ -36,7 +37,7 @@ impl World {
         self.hooks.clear();
         for proc in self.procs.values_mut() {
             (proc.put_in, proc.exit_told, proc.settles_at) = (false, false, None);
-            (proc.drain_until, proc.asked) = (None, None);
+            (proc.drain_until, proc.asked, proc.weighed) = (None, None, None);
         }
         self.procs.retain(|_, proc| proc.pid.is_some());
         self.open.clear();
@@ -181,15 +182,14 @@ impl World {
         if self.verbose {
             self.log.push(format!("{:>9.3} {event:?}", self.now.nanos() as f64 / 1e9 - 1.0));
         }
+        let by_memory = matches!(event, Event::Measured { .. });
         let mut actions = fleet.handle(self.now, event);
         self.hear_news();
         self.remember();
         self.sabotage.actions(&mut actions);
-        let dies_after = if self.rng.chance(self.unkind.dies) {
-            Some(self.rng.below(actions.len() as u64 + 1))
-        } else {
-            None
-        };
+        let rng = if by_memory { &mut self.appetite } else { &mut self.rng };
+        let dies_after =
+            if rng.chance(self.unkind.dies) { Some(rng.below(actions.len() as u64 + 1)) } else { None };
         match dies_after {
             Some(count) => {
                 for lost in actions.split_off(usize::try_from(count).unwrap()) {
