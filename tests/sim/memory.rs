@@ -225,16 +225,17 @@ fn at_every_instant_of_a_replacement_stop_delete_reload_and_death_do_what_they_d
     ];
     for like in [Like::Workers, Like::Plain] {
         for (what, deed, picture, stay) in deeds {
-            for instant in 0..80_u64 {
+            for instant in 0..50_u64 {
                 let mut world = world_of(AppSpec {
                     stop: pm::model::spec::StopRules { timeout: secs(2), ..Default::default() },
                     ..limited(like, 2)
                 });
-                world.remembers = true;
+                // A thousand stories are not told.
+                (world.remembers, world.verbose) = (true, false);
                 let old = world.pids("api");
                 world.fatten("api", 0);
-                // The samples, then the replacement, 10 ms for 10 ms.
-                world.run_for(if instant < 8 { millis(instant * 500) } else { millis(2800 + instant * 10) });
+                // The samples, then the replacement, 15 ms for 15 ms.
+                world.run_for(if instant < 8 { millis(instant * 500) } else { millis(2860 + instant * 15) });
                 deed(&mut world);
                 world.run_for(secs(40));
                 world.expect_no_breach();

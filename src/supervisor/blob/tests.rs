@@ -9,7 +9,7 @@ use super::*;
 use crate::model::exit::ExitReason;
 use crate::model::id::Generation;
 use crate::model::moment::Moment;
-use crate::model::saved::{HookKind, StartedFile, StartedFrom};
+use crate::model::saved::{HookKind, StartedFile, StartedFrom, Trigger};
 
 fn app(name: &str) -> AppName {
     AppName::new(name).unwrap()
@@ -29,7 +29,7 @@ fn instance(name: &str, slot: u32) -> InstanceMemo {
         said_ready: false,
         left: Some(ExitReason::Signal(crate::model::signal::Signal::INT)),
         probes: (1, 2),
-        over_memory: (3, 300 << 20),
+        over_memory: (0, 0),
         reserve: true,
         from: Some(Arc::new(StartedFrom { cwd: PathBuf::from("/srv"), script: Some(script) })),
     }
@@ -52,8 +52,8 @@ fn slot(name: &str, slot: u32) -> SlotMemo {
         stop_unsaved: false,
         gated: false,
         relapses: 0,
-        overruns: 2,
-        curb_after: Some(Moment::from_nanos(7)),
+        overruns: 0,
+        curb_after: None,
         replace_after: None,
     }
 }
@@ -178,6 +178,30 @@ fn what_a_later_version_adds_is_skipped() {
     }
     later.push((4_000_000, b"of a later version".to_vec()));
     assert_eq!(open(&put_together(6, &later)), Some(Opened { blob: plain, number: 6, unread: 1 }));
+}
+
+#[test]
+fn what_is_known_of_memory_and_of_a_replacement_is_kept() {
+    let mut kept = blob();
+    (kept.memo.slots[0].overruns, kept.memo.slots[0].curb_after) = (2, Some(Moment::from_nanos(7)));
+    kept.memo.instances[0].over_memory = (3, 300 << 20);
+    kept.memo.reloads = vec![ReloadMemo {
+        app: app("api"),
+        revision: 3,
+        failure: None,
+        restored: Vec::new(),
+        from: Vec::new(),
+        trigger: Trigger::Memory,
+    }];
+    assert_eq!(open(&seal(&kept, 5)).unwrap().blob, kept);
+    // Of a version that did not know who wanted it.
+    let mut half = records(&seal(&kept, 5));
+    let reload = half.iter_mut().find(|(kind, _)| *kind == super::kind::RELOAD).unwrap();
+    let mut value: Value = serde_json::from_slice(&reload.1).unwrap();
+    value.as_object_mut().unwrap().remove("trigger").unwrap();
+    reload.1 = value.to_string().into_bytes();
+    let opened = open(&put_together(6, &half)).unwrap();
+    assert_eq!((opened.blob.memo.reloads[0].trigger, opened.unread), (Trigger::Asked, 0));
 }
 
 #[test]
