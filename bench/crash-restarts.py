@@ -5,7 +5,15 @@
 
 Apps exit with an error as soon as they have written a line, and are started again at once, over and over; beside them an app
 writes all the time, and its log file is renamed again and again. Measured is at rest, with the crashing apps stopped.
-Exit code 1 when descriptors or threads differ in the end, or private memory grew by more than 256 KiB.
+Exit code 1 when descriptors or threads differ in the end, or own memory (anonymous and shared, without the pages of the
+program file, which count or not as other processes of the same file come and go) grew by more than 256 KiB in the second
+half, or by more than 768 KiB.
+
+Own memory is not the same to the page, because a heap without an order spreads: what lives in it stays (550 to 600 KB in
+600 to 1,000 blocks after 6,000 and after 37,000 restarts, with every allocation traced, the difference being tables that
+have their largest size), but it comes to lie on more pages, fast at first and then hardly: see results.md for the curve up
+to 120,000 restarts. A leak of eight bytes for each restart would be 40 KiB in the second half of 10,000, and 400 KiB of
+100,000, so `--restarts 100000` finds what 10,000 cannot.
 """
 import argparse, json, os, shutil, subprocess, sys, tempfile, time
 
@@ -62,7 +70,7 @@ def figures(pids):
         found[name] = {
             "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
             "threads": len(os.listdir(f"/proc/{pid}/task")),
-            "private KiB": kib("Private_Clean") + kib("Private_Dirty"),
+            "own KiB": kib("Pss_Anon") + kib("Pss_Shmem"),
             "PSS KiB": kib("Pss"),
         }
     return found
@@ -97,8 +105,10 @@ crash(max(200, options.restarts // 10))
 before, began, first = figures(pids), time.monotonic(), total
 print(f"before: {json.dumps(before)}", flush=True)
 steps = 10
+middle = before
 for step in range(steps):
     now = crash(options.restarts // steps)
+    middle = now if step == steps // 2 - 1 else middle
     print(f"after {total - first}: {json.dumps(now)}", flush=True)
 log = os.path.join(home, "logs", "talk-out.log")
 for _ in range(options.rotations):
@@ -109,8 +119,10 @@ after = crash(20)
 print(f"after {total - first} restarts and {options.rotations} rotations, {time.monotonic() - began:.0f} s: {json.dumps(after)}")
 same_processes = parts() == pids
 flat = all(after[name][key] == before[name][key] for name in pids for key in ("descriptors", "threads"))
-grown = {name: after[name]["private KiB"] - before[name]["private KiB"] for name in pids}
-print(f"same processes: {same_processes}; descriptors and threads the same: {flat}; private memory grew by {grown} KiB")
+grown = {name: after[name]["own KiB"] - before[name]["own KiB"] for name in pids}
+later = {name: after[name]["own KiB"] - middle[name]["own KiB"] for name in pids}
+print(f"same processes: {same_processes}; descriptors and threads the same: {flat}; own memory grew by {grown} KiB, "
+      f"{later} KiB of it in the second half")
 pm("kill")
 shutil.rmtree(place, ignore_errors=True)
-sys.exit(0 if same_processes and flat and max(grown.values()) <= 256 else 1)
+sys.exit(0 if same_processes and flat and max(grown.values()) <= 768 and max(later.values()) <= 256 else 1)

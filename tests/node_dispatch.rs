@@ -536,6 +536,34 @@ fn an_address_that_the_keeper_has_not_let_go_yet_is_waited_for() {
     }
 }
 
+/// The same when it was bound by a supervisor that died before it could say so: its successor has the question, and the
+/// keeper the socket, which it is told to close.
+#[test]
+fn an_address_that_a_supervisor_took_and_did_not_record_is_waited_for() {
+    for balance in BALANCES {
+        let port = free_port().to_string();
+        let mut world = World::new(Path::new("node"));
+        let id = instance("web", 0, 1);
+        world.stuck.store(true, Ordering::Relaxed);
+        world.worker(&id, balance, &["inUse", &port]);
+        world.wait_event("the query", |event| matches!(event, DispatchEvent::Opened { .. }));
+        let copy = {
+            let mut log = world.log.0.lock().unwrap();
+            log.open.clear();
+            log.kept.pop_first()
+        };
+        world.next_supervisor(std::slice::from_ref(&id), |_| ChannelKind::Cluster {
+            balance,
+            configured: Vec::new(),
+        });
+        // It has asked by then, most likely.
+        std::thread::park_timeout(Duration::from_millis(100));
+        drop(copy);
+        let said = world.wait("an answer", |log| log.messages(&id).into_iter().next());
+        assert_eq!(said["second"], "EADDRINUSE", "{balance:?}: {said}");
+    }
+}
+
 fn free_port() -> u16 {
     let socket = std::net::TcpListener::bind("[::]:0").unwrap();
     socket.local_addr().unwrap().port()

@@ -21,8 +21,9 @@ const BUFFERS_PER_TURN: usize = 16;
 /// end there.
 const UNFINISHED: Duration = Duration::from_secs(1);
 
-/// The keeper closes a listener a moment after us. Whoever asks for the same address within this time …
-const CLOSED_LATELY: Duration = Duration::from_secs(1);
+/// The keeper closes a listener a moment after us, or after a supervisor that died before it could say that it has one.
+/// Whoever asks for the same address within this time …
+const CLOSED_LATELY: Duration = Duration::from_secs(3);
 /// … gets it when it is free, which is looked at this often.
 const ADDRESS_RETRY: Duration = Duration::from_millis(5);
 

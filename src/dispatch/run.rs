@@ -185,7 +185,7 @@ pub(super) struct Dispatcher {
     /// Numbers channels, apps, listeners, tokens and deadlines.
     serial: u64,
     pub(super) now: Moment,
-    /// When a listener was closed the last time.
+    /// When a listener was closed the last time, here or by a former supervisor.
     pub(super) closed_at: Option<Moment>,
     pub(super) peeked: Vec<u8>,
     pub(super) scratch: Vec<u8>,
@@ -409,6 +409,9 @@ impl Dispatcher {
         }
         let serial = self.next_serial();
         let is_adopted = adopted.is_some();
+        if is_adopted {
+            self.closed_at = Some(self.now);
+        }
         let Adopted { ready, open, inbox, lines: long } = adopted.unwrap_or_default();
         let mut unanswered = Vec::new();
         let worker = match kind {

@@ -27,6 +27,10 @@ pub struct WorkerIx(pub u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ListenerIx(pub u64);
 
+/// The number of a query that nobody has made: of a worker that is taken to have a listener because what was known of it
+/// is lost.
+pub const PRESUMED: u64 = u64::MAX;
+
 /// When every worker has rejected a connection, all are asked again after this time…
 const RETRY_FIRST: Duration = Duration::from_millis(10);
 /// …which doubles up to this.
@@ -198,6 +202,8 @@ impl<C: Clone> Primary<C> {
         match open {
             None => QueryAnswer::Existing(listener),
             Some(open) if open.query.seq == query.seq => QueryAnswer::Again(listener),
+            // It was only taken to have it; who asks has not.
+            Some(open) if open.query.seq == PRESUMED => QueryAnswer::Existing(listener),
             // Two successful replies with one key would kill the worker.
             Some(_) => QueryAnswer::Refuse(ADDRESS_IN_USE),
         }
@@ -249,8 +255,10 @@ impl<C: Clone> Primary<C> {
     /// A worker has a listener from now on.
     pub fn open(&mut self, worker: WorkerIx, listener: ListenerIx, query: Query) {
         let Some(record) = self.workers.get_mut(&worker) else { return };
-        if !record.open.iter().any(|open| open.listener == listener) {
-            record.open.push(Open { listener, query });
+        match record.open.iter_mut().find(|open| open.listener == listener) {
+            None => record.open.push(Open { listener, query }),
+            Some(open) if open.query.seq == PRESUMED => open.query = query,
+            Some(_) => {}
         }
         if let Some(listener) = self.listeners.get_mut(&listener) {
             listener.balance = record.balance;
@@ -819,6 +827,12 @@ mod tests {
         // Closed and opened again by the same worker.
         primary.close(WorkerIx(0), &query(80, 1).key());
         assert_eq!(primary.query(WorkerIx(0), &query(80, 3)), QueryAnswer::Existing(listener));
+        // A supervisor that has lost what it remembered takes every worker to listen. One that boots, and asks, was refused.
+        primary.open(WorkerIx(0), listener, query(80, PRESUMED));
+        assert_eq!(primary.query(WorkerIx(0), &query(80, 4)), QueryAnswer::Existing(listener));
+        primary.open(WorkerIx(0), listener, query(80, 4));
+        assert_eq!(primary.query(WorkerIx(0), &query(80, 4)), QueryAnswer::Again(listener));
+        assert_eq!(primary.query(WorkerIx(0), &query(80, 5)), QueryAnswer::Refuse(ADDRESS_IN_USE));
         primary.remove_listener(listener);
         assert_eq!(primary.query(WorkerIx(0), &query(80, 4)), QueryAnswer::Bind(Place::TcpAny { port: 80 }));
     }

@@ -214,6 +214,30 @@ fn a_restart_in_place_is_announced_and_tells_its_downtime() {
     assert!(ran.out.contains("api: reloaded, 1 instance, downtime "), "{}", ran.out);
 }
 
+/// bench/state-kills.py started an app while a delete that had been interrupted was finished: the app was in the list, and
+/// gone when it was looked at.
+#[test]
+fn an_app_that_goes_while_one_of_its_name_is_started_is_not_missed() {
+    let world = World::new();
+    let supervisor = Supervisor::answering(&world.home(), |request| match request {
+        Request::Describe { .. } => vec![Reply::Refused(Refused {
+            code: 3,
+            message: "there is no app, namespace or id `api`".to_owned(),
+            cause: None,
+            hint: None,
+        })],
+        Request::Start { .. } => vec![done("started", 1)],
+        other => list_answer(other).unwrap(),
+    });
+    let ran = world.run("start /bin/sleep --name api --silent");
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!(
+        supervisor.asked().iter().any(|asked| asked.starts_with(r#"{"start""#)),
+        "{:?}",
+        supervisor.asked()
+    );
+}
+
 #[test]
 fn a_failed_release_shows_its_last_words() {
     let world = World::new();

@@ -57,6 +57,19 @@ fn without_a_daemon_nothing_is_started_and_each_command_has_its_answer() {
 }
 
 #[test]
+fn without_a_daemon_an_app_on_the_list_is_not_called_unknown() {
+    let world = World::new();
+    std::fs::create_dir(world.home()).unwrap();
+    std::fs::write(world.home().join("state.json"), r#"{"fleet":{"apps":[{}]}}"#).unwrap();
+    for line in ["stop api", "restart api", "scale api 2"] {
+        let ran = world.run(line);
+        assert_eq!(ran.code, 4, "pm {line}: {}", ran.err);
+        let says = ran.err.starts_with("error: no daemon is running") && ran.err.contains("`pm resurrect`");
+        assert!(says, "pm {line}: {}", ran.err);
+    }
+}
+
+#[test]
 fn a_daemon_that_says_nothing_ends_every_command_within_five_seconds() {
     let commands = ["list", "jlist", "ping", "reload api", "stop all", "describe api", "kill"];
     std::thread::scope(|scope| {

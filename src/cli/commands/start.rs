@@ -7,7 +7,7 @@ use super::{Wording, apps_of, list_of, operate, show_table};
 use crate::cli::Context;
 use crate::cli::args::Start;
 use crate::cli::connect::Session;
-use crate::cli::error::CliError;
+use crate::cli::error::{CliError, code};
 use crate::cli::specs::{self, FileSettings, Wishes};
 use crate::config::file::DEFAULT_NAME;
 use crate::ipc::protocol::{Answer, ListView, Request, Verb};
@@ -154,7 +154,13 @@ fn running(
     }
     // The spec goes back as it is, so it must not be masked.
     let request = || Request::Describe { targets: vec![name.to_string()], show_env: true };
-    let Answer::Describe(details) = session.ask(request)? else { return Err(CliError::WrongAnswer) };
+    let details = match session.ask(request) {
+        Ok(Answer::Describe(details)) => details,
+        Ok(_) => return Err(CliError::WrongAnswer),
+        // It was on its way out, and is gone since the list was made.
+        Err(CliError::Refused(refused)) if refused.code == code::NO_SUCH_APP => return Ok(None),
+        Err(error) => return Err(error),
+    };
     Ok(details.into_iter().find(|detail| detail.row.app == *name).map(|detail| detail.spec))
 }
 

@@ -17,6 +17,7 @@ use crate::model::id::{AppName, InstanceId, Slot};
 use crate::model::saved::{Found, SavedFleet};
 use crate::model::spec::AppSpec;
 use crate::node::messages::split_slot_key;
+use crate::node::primary::PRESUMED;
 use crate::supervisor::listeners::Listeners;
 use crate::supervisor::ready;
 use crate::sys::procfs::ProcessId;
@@ -170,7 +171,7 @@ impl World {
             // No query has this number, so none is mistaken for one that was answered.
             .map(|(_, key)| OpenListener {
                 key: key.clone(),
-                query: Query { seq: u64::MAX, ..Query::default() },
+                query: Query { seq: PRESUMED, ..Query::default() },
                 listening: true,
             })
             .collect();
