@@ -1,6 +1,6 @@
 //! What must hold for any input at the places where bytes come in. Used by the fuzz targets beside this directory and, on
 //! stable and with the inputs in `corpus`, by `tests/fuzz_corpus.rs`.
-#![allow(dead_code, reason = "a fuzz target uses one of them")]
+#![allow(dead_code, unused_imports, reason = "a fuzz target uses one of them")]
 
 mod cli;
 mod config;

@@ -44,6 +44,18 @@ pub(crate) const ALL: &[Scenario] = &[
 const TWO: &str = "[[apps]]\nname = 'one'\nscript = 'sleep'\nargs = ['1000']\n\
                    [[apps]]\nname = 'two'\nscript = 'sh'\nargs = ['-c', 'sleep 1001; true']\ninstances = 2\n";
 
+/// Numbered lines, a hundred a second.
+const COUNT: &str = "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n";
+
+/// Of those that an app `count` has written so far.
+fn no_line_is_lost_or_twice() {
+    let lines = ok("cat /var/lib/pm/logs/count-out*.log");
+    let numbers: Vec<u64> = lines.lines().map(|line| line.parse().unwrap()).collect();
+    assert!(numbers.len() > 20);
+    let expected: Vec<u64> = (1..=numbers.len() as u64).collect();
+    assert_eq!(numbers, expected);
+}
+
 fn pain_19_startup_writes_a_notify_unit_without_pid_file_that_verifies() {
     let path = "/etc/systemd/system/pm.service";
     sh("pm startup").succeeds().says("pm.service is set up").says(path).says_not("warning");
@@ -127,7 +139,7 @@ fn by_hand_is_taken_over() {
 }
 
 fn killed_keeper() {
-    write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n");
+    write("count.sh", COUNT);
     ok("pm startup");
     start(&format!("{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n"));
     let before = pids();
@@ -154,17 +166,18 @@ fn killed_keeper() {
         other => Err(format!("{other:?}")),
     });
     sh("pm describe one").succeeds().says("SIGTERM");
-    let lines = ok("cat /var/lib/pm/logs/count-out*.log");
-    let numbers: Vec<u64> = lines.lines().map(|line| line.parse().unwrap()).collect();
-    assert!(numbers.len() > 20);
-    let expected: Vec<u64> = (1..=numbers.len() as u64).collect();
-    assert_eq!(numbers, expected, "no line is lost or twice");
+    no_line_is_lost_or_twice();
     assert_eq!(ok("pm ping | wc -l"), "1");
 }
 
 fn restart_keeps_pids() {
+    write("count.sh", COUNT);
+    write("ends.sh", "trap 'exit 7' TERM\nwhile :; do sleep 0.05; done\n");
     ok("pm startup");
-    start(TWO);
+    start(&format!(
+        "{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n\
+         [[apps]]\nname = 'ends'\nscript = 'ends.sh'\nautorestart = false\n"
+    ));
     let before = pids();
     let (first, _) = daemon();
     for verb in ["restart", "try-restart", "reload-or-restart"] {
@@ -174,14 +187,29 @@ fn restart_keeps_pids() {
         assert_eq!((unit("Result"), unit("NRestarts")), ("success".into(), "0".into()), "{verb}");
     }
     assert_ne!(daemon().0, first);
+    // Nobody's child any more; the kernel still says what it ended with, if it is new enough.
+    ok(&format!("kill -TERM {}", before["ends:4"]));
+    until("its exit is known", || match sh("pm describe ends").text {
+        text if text.contains("exit code 7") || (!keeps_exits() && text.contains("stopped")) => Ok(()),
+        text => Err(text),
+    });
+    ok("pm stop count");
+    no_line_is_lost_or_twice();
     // What was decided before holds afterwards.
     ok("pm stop two");
     ok("systemctl restart pm");
     assert_eq!(pids().into_keys().collect::<Vec<_>>(), ["one:0"]);
 }
 
+/// Whether the kernel tells the exit code of a process that somebody else has reaped (PIDFD_GET_INFO, Linux 6.15).
+fn keeps_exits() -> bool {
+    let release = ok("uname -r");
+    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(15))
+}
+
 fn reload_upgrades() {
-    write("count.sh", "i=0\nwhile [ $i -lt 100000 ]; do i=$((i+1)); echo $i; sleep 0.01; done\n");
+    write("count.sh", COUNT);
     write("ends.sh", "trap 'exit 7' TERM\nwhile :; do sleep 0.05; done\n");
     ok("pm startup");
     start(&format!(
@@ -221,10 +249,7 @@ fn reload_upgrades() {
         text => Err(text),
     });
     ok("pm stop count");
-    let lines = ok("cat /var/lib/pm/logs/count-out*.log");
-    let numbers: Vec<u64> = lines.lines().map(|line| line.parse().unwrap()).collect();
-    let expected: Vec<u64> = (1..=numbers.len() as u64).collect();
-    assert_eq!(numbers, expected, "no line is lost or twice");
+    no_line_is_lost_or_twice();
     until_says("systemctl show pm --value -p StatusText", "4 apps: 3 online, 2 stopped");
     // Something that is no pm is refused, and the daemon goes on.
     ok("cp /bin/true /root/scenario/true");
