@@ -14,20 +14,23 @@
 //! Stamped lines are put together here too, so that one that was half written gets its other half and not another stamp.
 //! One chunk is on its way at a time. Never: a copy of what is in its file already; a file of its own on any disk.
 
+mod layout;
+mod writes;
+
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-use nix::sys::stat::fstat;
-
+use self::layout::{
+    BATCH_AT, HEADER_WORDS, MID_LINE, NOTES_AT, PLACE_WORDS, POOL_AT, POOL_SLOT, SKIPS, SLOT_KEPT, TABLE_AT,
+    ZONE_AT, place, state, word,
+};
 use super::recent::Stream;
-use super::recovery;
 use crate::model::id::InstanceId;
 use crate::sys::shared_memory::{self, Bytes, Words};
 
@@ -58,75 +61,6 @@ const PATH: usize = 4096;
 const NOTE: usize = 4096;
 /// Streams that have a place. Those beyond are written like the others, but not remembered.
 pub(crate) const STREAMS: u64 = 16_384;
-
-// The layout. -------------------------------------------------------------------------------------------------------
-
-const HEADER_WORDS: usize = 512;
-const NOTES_AT: u64 = 64 * 1024;
-const TABLE_AT: u64 = 128 * 1024;
-const ZONE_AT: u64 = TABLE_AT + STREAMS * PLACE_WORDS as u64 * 8;
-const BATCH_AT: u64 = ZONE_AT + ZONE as u64;
-/// Beginnings of lines, each with room for all of a zone: a chunk nobody was left to work on is kept too. Not mapped.
-const POOL_AT: u64 = BATCH_AT + BATCH_MAX as u64;
-const POOL_SLOT: u64 = ZONE as u64;
-/// Up to this a slot's memory stays when it is free: the next to use it needs as much.
-const SLOT_KEPT: usize = 4096;
-
-/// Words of the header.
-mod word {
-    pub(super) const MAGIC: usize = 0;
-    pub(super) const VERSION: usize = 1;
-    pub(super) const STATE: usize = 2;
-    pub(super) const STREAM: usize = 3;
-    pub(super) const BEGIN: usize = 4;
-    pub(super) const END: usize = 5;
-    /// How many supervisors in a row have begun to open it and not come to the end of that.
-    pub(super) const OPENED: usize = 6;
-    /// Two records of writes, used in turn: the state says which one counts.
-    pub(super) const WRITES: [usize; 2] = [32, 64];
-}
-
-/// Words of a record of a write.
-mod field {
-    pub(super) const DEVICE: usize = 0;
-    pub(super) const INODE: usize = 1;
-    pub(super) const SIZE: usize = 2;
-    pub(super) const SOURCE: usize = 3;
-    pub(super) const START: usize = 4;
-    pub(super) const LEN: usize = 5;
-    pub(super) const TAIL: usize = 6;
-    pub(super) const CURSOR: usize = 7;
-    pub(super) const OWNER: usize = 8;
-    pub(super) const ENDS: usize = 9;
-    pub(super) const PATH_LEN: usize = 10;
-    pub(super) const FROM: usize = 11;
-}
-
-/// States.
-mod state {
-    pub(super) const IDLE: u64 = 0;
-    pub(super) const LANDING: u64 = 1;
-    pub(super) const LANDED: u64 = 2;
-    pub(super) const WRITING: [u64; 2] = [3, 4];
-}
-
-/// Words of a stream's place.
-const PLACE_WORDS: usize = 8;
-
-mod place {
-    pub(super) const KEY_LOW: usize = 0;
-    pub(super) const KEY_HIGH: usize = 1;
-    pub(super) const FLAGS: usize = 2;
-    /// What is kept: the slot's number and 1 above, the length below. One word, so that they change together.
-    pub(super) const KEPT: usize = 3;
-    pub(super) const DROPPED_BYTES: usize = 4;
-    pub(super) const DROPPED_LINES: usize = 5;
-}
-
-/// The end of its file is an unfinished line of this stream.
-const MID_LINE: u64 = 1;
-/// A part of the stream's line is lost: the rest of it is skipped.
-const SKIPS: u64 = 2;
 
 /// So many supervisors may end over what is in the memory.
 const SUSPECT: u64 = 5;
@@ -597,81 +531,6 @@ impl Journal {
         Piece { source: Source::Note, start, len, from: before.from, cursor: before.from, tail: 0 }
     }
 
-    /// Writes a piece, or says why not, and how much of it was written. It is written down before.
-    pub(crate) fn write(
-        &mut self,
-        to: Destination<'_>,
-        piece: Piece,
-        lines: Lines,
-    ) -> Result<(), (io::Error, usize)> {
-        let size = match to.identity {
-            Some(_) => fstat(to.file).map_err(|error| (error.into(), 0))?.st_size,
-            None => 0,
-        };
-        self.intend(&to, piece, lines, u64::try_from(size).unwrap_or(0));
-        if let Some(other) = lines.ends {
-            self.set_mid_line(other, false);
-        }
-        let mut file = to.file;
-        let bytes = self.bytes(piece);
-        let mut written = 0;
-        let result = loop {
-            if written == bytes.len() {
-                break Ok(());
-            }
-            match file.write(&bytes[written..]) {
-                Ok(0) => break Err((io::ErrorKind::WriteZero.into(), written)),
-                Ok(count) => written += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => break Err((error, written)),
-            }
-        };
-        if let (Some(owner), Some(&last)) = (lines.owner, bytes[..written].last()) {
-            self.set_mid_line(owner, last != b'\n');
-        }
-        result
-    }
-
-    fn intend(&mut self, to: &Destination<'_>, piece: Piece, lines: Lines, size: u64) {
-        let turn = self.turn;
-        self.turn = 1 - turn;
-        let path = to.path.as_os_str().as_bytes();
-        let path = &path[..path.len().min(PATH)];
-        self.notes[turn * PATH..turn * PATH + path.len()].copy_from_slice(path);
-        let (device, inode) = to.identity.unwrap_or((0, 0));
-        let source = match piece.source {
-            Source::Zone => 0,
-            Source::Batch => 1,
-            Source::Note => 2,
-        };
-        let record = [
-            (field::DEVICE, device),
-            (field::INODE, inode),
-            (field::SIZE, size),
-            (field::SOURCE, source),
-            (field::START, piece.start as u64),
-            (field::LEN, piece.len as u64),
-            (field::TAIL, piece.tail as u64),
-            (field::FROM, piece.from as u64),
-            (field::CURSOR, piece.cursor as u64),
-            (field::OWNER, lines.owner.unwrap_or(NOBODY)),
-            (field::ENDS, lines.ends.unwrap_or(NOBODY)),
-            (field::PATH_LEN, path.len() as u64),
-        ];
-        for (field, value) in record {
-            self.header[word::WRITES[turn] + field].store(value, Release);
-        }
-        self.header[word::STATE].store(state::WRITING[turn], Release);
-    }
-
-    /// The chunk is done with but for `rest`, which is kept for its stream.
-    pub(crate) fn done(&mut self, rest: Range<usize>) {
-        let (stream, rest) = (self.stream, rest.start..rest.end.max(rest.start));
-        self.keep(stream, rest);
-        self.header[word::STATE].store(state::IDLE, Release);
-        (self.begin, self.end) = (LANDING, LANDING);
-    }
-
     fn keep(&mut self, stream: StreamKey, rest: Range<usize>) {
         let Some(place) = self.place_of(stream) else { return };
         let kept = kept_of(place[place::KEPT].load(Acquire));
@@ -703,76 +562,6 @@ impl Journal {
     }
 
     // After a kill. -------------------------------------------------------------------------------------------------
-
-    /// Ends what was on its way: what was to be written is, and what is left is kept for its stream.
-    fn recover(&mut self) {
-        let state = self.header[word::STATE].load(Acquire);
-        let begin = at(self.header[word::BEGIN].load(Acquire));
-        let stream = self.header[word::STREAM].load(Acquire);
-        let end = at(self.header[word::END].load(Acquire));
-        let rest = match state {
-            state::LANDING => {
-                let position = shared_memory::position(&self.file).unwrap_or(0);
-                let end = at(position.saturating_sub(ZONE_AT));
-                // Otherwise nothing has left the pipe, and what was held still is.
-                (end > LANDING).then_some(begin..end)
-            }
-            state::LANDED => Some(begin..end),
-            _ => {
-                let which = state::WRITING.iter().position(|&writing| writing == state);
-                which.map(|which| self.end_write(which)..end)
-            }
-        };
-        if let Some(rest) = rest.filter(|rest| rest.start <= rest.end && rest.end <= ZONE) {
-            self.keep(stream, rest);
-        }
-        self.header[word::STATE].store(state::IDLE, Release);
-    }
-
-    fn end_write(&mut self, which: usize) -> usize {
-        let field = |field: usize| self.header[word::WRITES[which] + field].load(Acquire);
-        let (owner, ends) = (field(field::OWNER), field(field::ENDS));
-        let cursor = at(field(field::CURSOR));
-        if let Some(unfinished) = self.unfinished(which) {
-            if ends != NOBODY {
-                self.set_mid_line(ends, false);
-            }
-            let last = unfinished.tail.last().or_else(|| unfinished.bytes.last());
-            if owner != NOBODY
-                && let Some(&last) = last
-            {
-                self.set_mid_line(owner, last != b'\n');
-            }
-            if let Err(error) = recovery::finish(&unfinished) {
-                tracing::warn!(path = %unfinished.path.display(), %error, "log file takes no output");
-                return at(self.header[word::WRITES[which] + field::FROM].load(Acquire));
-            }
-        }
-        cursor
-    }
-
-    /// The write that is written down.
-    fn unfinished(&self, which: usize) -> Option<Unfinished> {
-        let field = |field: usize| self.header[word::WRITES[which] + field].load(Acquire);
-        let (start, len, tail) = (at(field(field::START)), at(field(field::LEN)), at(field(field::TAIL)));
-        let region: &[u8] = match field(field::SOURCE) {
-            0 => &self.zone,
-            1 => &self.batch,
-            2 => &self.notes,
-            _ => return None,
-        };
-        let middle = start.checked_add(len)?;
-        let path_len = at(field(field::PATH_LEN)).min(PATH);
-        let path = &self.notes[which * PATH..which * PATH + path_len];
-        let (device, inode) = (field(field::DEVICE), field(field::INODE));
-        Some(Unfinished {
-            path: PathBuf::from(std::ffi::OsStr::from_bytes(path)),
-            identity: (inode != 0).then_some((device, inode)),
-            size: field(field::SIZE),
-            bytes: region.get(start..middle)?.to_vec(),
-            tail: region.get(middle..middle.checked_add(tail)?)?.to_vec(),
-        })
-    }
 }
 
 fn kept_of(word: u64) -> Option<(u32, usize)> {
