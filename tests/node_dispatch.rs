@@ -1347,7 +1347,8 @@ fn killed_in_the_middle_of_3_mb_each_way_nothing_is_lost_or_doubled_and_the_work
         keeper.said.iter().filter(|(length, _)| *length > 1_000_000).count() as u64 >= MESSAGES
     };
     let (mut moment, mut midway, mut kills) = (3_u64, 0, 0);
-    while kills < 25 {
+    // On a slow machine more of them come too early.
+    while kills < 25 || (kills < 200 && (keeper.placed < 5 || midway < 3)) {
         moment = (moment * 131 + 7) % 211;
         let next = keeper.placed as u64 + 1;
         // A third one would be refused: the worker does not read.
