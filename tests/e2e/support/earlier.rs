@@ -32,15 +32,15 @@ pub(crate) fn earlier(home: &Home) -> String {
     }
 }
 
-/// The present program with another content.
+/// The present program with another content, which the name decides.
 pub(crate) fn another_build(home: &Home, name: &str) -> String {
     let path = home.work_file(name);
     fs::copy(PRESENT, &path).expect("a copy");
     fs::OpenOptions::new()
         .append(true)
         .open(&path)
-        .and_then(|mut file| file.write_all(b"\n"))
-        .expect("a byte");
+        .and_then(|mut file| file.write_all(name.as_bytes()))
+        .expect("a few bytes");
     path
 }
 
