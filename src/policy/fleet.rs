@@ -414,7 +414,10 @@ impl Fleet {
                             self.touched.extend(neighbours);
                         }
                     }
-                    if app.is_empty() && self.shared.ledger.wanted.app(&name).is_none() {
+                    let ledger = &self.shared.ledger;
+                    // The next supervisor may find it on disk, and owes it what this one did.
+                    let may_be_found = app.unprepared && ledger.is_saving(&name);
+                    if app.is_empty() && ledger.wanted.app(&name).is_none() && !may_be_found {
                         self.apps.remove(&name);
                     }
                 }

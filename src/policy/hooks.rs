@@ -229,7 +229,8 @@ impl App {
     /// The operation ends before its hook: what was to allow it is ended, what cleans up after it goes on.
     pub(super) fn abandon_gate(&mut self, operation: &Operation, shared: &mut Shared) {
         let starts = operation.kind == Kind::Start || operation.held_back;
-        self.unprepared |= operation.stage == Stage::Preparing && starts;
+        // One that is being saved may be on disk when this supervisor dies, and the stop that came then is not.
+        self.unprepared |= matches!(operation.stage, Stage::Saving | Stage::Preparing) && starts;
         if operation.stage == Stage::Preparing
             && self.hooks.running.as_ref().is_some_and(|running| running.wish.waits == Some(operation.serial))
         {

@@ -77,6 +77,12 @@ impl Ledger {
         self.waiting.push(Pending { change, after, regardless: false });
     }
 
+    /// Whether an operation of this app waits for its save, also one that was superseded meanwhile.
+    pub(super) fn is_saving(&self, app: &AppName) -> bool {
+        let pending = self.under_way.iter().flat_map(|batch| &batch.pending).chain(&self.waiting);
+        pending.into_iter().any(|one| matches!(&one.after, After::Begin { app: of, .. } if of == app))
+    }
+
     /// A change to be made with the next save, also when that fails.
     pub(super) fn push_regardless(&mut self, change: Change, after: After) {
         self.waiting.push(Pending { change, after, regardless: true });

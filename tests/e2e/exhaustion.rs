@@ -284,14 +284,15 @@ fn a_full_tmp_is_nothing_to_the_daemon() {
         return;
     }
     let home = Home::new();
-    // What lies in /tmp is elsewhere, for what this test starts.
+    // What lies in /tmp is elsewhere, for what this test starts; the program, which may have been built there, as well.
     let elsewhere = Path::new("/mnt");
+    fs::copy(env!("CARGO_BIN_EXE_pm"), home.work().join("pm")).unwrap();
     let none: Option<&str> = None;
     mount(home.path().parent(), elsewhere, none, MsFlags::MS_BIND, none).unwrap();
     let tmp = Mounted::small(Path::new("/tmp"), 64);
     tmp.fill();
     let pm = |args: &[&str]| {
-        let mut command = home.command(args);
+        let mut command = home.command_of("/mnt/work/pm", args);
         command
             .env("PM_HOME", elsewhere.join("home"))
             .env("TMPDIR", "/tmp")

@@ -326,7 +326,7 @@ fn pain_14_a_memory_bomb_in_one_app_leaves_the_daemon_and_the_other_alone_and_it
         std::fs::remove_dir(&v1).unwrap();
         return not_here("the kernel's log cannot be read");
     }
-    home.write("bomb.py", "import time\ndata = []\nfor _ in range(4000): data.append(bytearray(b'x' * (1 << 20)))\ntime.sleep(1000)\n");
+    home.write("bomb.py", "import os, time\nwhile not os.path.exists('go'): time.sleep(0.02)\ndata = []\nfor _ in range(4000): data.append(bytearray(b'x' * (1 << 20)))\ntime.sleep(1000)\n");
     let group = v1.join("cgroup.procs");
     home.start(&format!(
         "[[apps]]\nname = 'b'\nscript = 'sleep'\nargs = ['1000']\n\
@@ -335,6 +335,7 @@ fn pain_14_a_memory_bomb_in_one_app_leaves_the_daemon_and_the_other_alone_and_it
         group.display()
     ));
     let (daemon, b) = (home.keeper(), home.pid("b"));
+    home.write("go", "");
     home.wait_status("a", "waiting restart");
     home.ok(&["describe", "a"]).says("oom-killed");
     home.ok(&["events", "a"]).says("oom-killed");
