@@ -1,7 +1,7 @@
 //! The messages between the command line and the supervisor; also the public API of the socket.
 //!
 //! Fields are only ever added. Unknown fields are ignored, so that an older client understands a newer supervisor and
-//! the reverse; an unknown request is refused with code 2.
+//! the reverse; an unknown request is refused with code 2, and so is an unknown key of a spec ([`super::strict`]).
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{interval, timeout};
 
 use super::protocol::{ALIVE_EVERY, Answer, Call, Line, MAX_LINE, Refused, Reply};
+use super::strict;
 use crate::model::id::OpId;
 use crate::supervisor::handle::{SupervisorHandle, connections_max};
 use crate::sys::peer;
@@ -105,7 +106,11 @@ async fn converse(stream: Stream, bounds: Patience, handle: &SupervisorHandle) -
         match serde_json::from_slice::<Call>(&text) {
             Ok(call) => {
                 patience = IDLE_PATIENCE;
-                answer(call, bounds.write, handle, &mut write).await?;
+                if let Some(key) = strict::unknown_key(&call.request, &text) {
+                    send(&mut write, bounds.write, call.op, Reply::Refused(too_old(&key))).await?;
+                } else {
+                    answer(call, bounds.write, handle, &mut write).await?;
+                }
             }
             Err(error) => {
                 let refused = refuse(&format!("this is not a request: {error}"));
@@ -117,6 +122,17 @@ async fn converse(stream: Stream, bounds: Patience, handle: &SupervisorHandle) -
 
 fn refuse(cause: &str) -> Refused {
     Refused { code: 2, message: "cannot read the request".into(), cause: Some(cause.into()), hint: None }
+}
+
+fn too_old(key: &str) -> Refused {
+    Refused {
+        code: 2,
+        message: format!("this daemon is too old for `{key}`"),
+        cause: Some(
+            concat!("it is pm ", env!("CARGO_PKG_VERSION"), ", an earlier build than the command's").into(),
+        ),
+        hint: Some("`pm upgrade` replaces it by this version while everything runs.".into()),
+    }
 }
 
 async fn answer(
