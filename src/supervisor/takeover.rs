@@ -30,6 +30,7 @@ use crate::keeper::link::{Inventory, LinkError};
 use crate::logs::pump::LogHandle;
 use crate::store::paths::Home;
 use crate::sys::child::{self, Zombie};
+use crate::sys::procfs::{ProcessId, Procfs};
 use crate::sys::spawn::{self, Confinement, Program, Target};
 use crate::sys::{exec, notify, peer, pipe, watch};
 
@@ -48,6 +49,11 @@ const ATTENDED_PATIENCE: Duration = Duration::from_secs(2);
 const ANNOUNCED_PATIENCE: Duration = Duration::from_secs(10);
 /// A keeper that we have started gets this long to come. A busy machine takes seconds for a process.
 const OWN_PATIENCE: Duration = Duration::from_secs(10);
+/// The longest pause between keepers that do not take everything.
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A keeper that has everything, but did not dismiss us, is the daemon when it has lived for so long meanwhile. One
+/// that has failed is gone at once.
+const RIVAL_PATIENCE: Duration = Duration::from_secs(3);
 /// For what was handed out to be settled. The dispatcher has its own, shorter limit.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(3);
 /// For lines to be in their files.
@@ -83,7 +89,8 @@ pub(super) async fn pass_on(
     let listener = pipe::packet_listener(address.as_path()).map_err(failed)?;
     let watched =
         watch::descriptor(listener.try_clone().map_err(failed)?, Interest::READABLE).map_err(failed)?;
-    let mut frozen = false;
+    let (mut frozen, mut failures) = (false, 0);
+    let mut rival: Option<(ProcessId, Instant)> = None;
     let mut until = Instant::now() + patience;
     loop {
         let Ok(ready) = timeout_at(until, watched.readable()).await else {
@@ -110,11 +117,36 @@ pub(super) async fn pass_on(
                 }
                 Err(error) => {
                     tracing::error!(%error, "the next keeper did not take everything");
-                    until = Instant::now() + patience;
+                    failures += 1;
+                    let now = Instant::now();
+                    until = now + patience.max(pause_after(failures));
+                    let holder = holder_of(home)
+                        .filter(|it| it.pid.cast_unsigned() != remains.estate.hello.keeper_pid);
+                    rival = holder.map(|it| rival.filter(|(known, _)| *known == it).unwrap_or((it, now)));
+                    if let Some((rival, since)) = rival
+                        && now - since >= RIVAL_PATIENCE
+                    {
+                        tracing::error!(
+                            pid = rival.pid,
+                            "another keeper has everything and lives on, so we end"
+                        );
+                        return Ok(());
+                    }
                 }
             }
         }
     }
+}
+
+/// How long nothing is tried after so many keepers in a row that did not take everything.
+fn pause_after(failures: u32) -> Duration {
+    PAUSE_MAX.min(Duration::from_millis(50) * 2_u32.saturating_pow(failures.min(10)))
+}
+
+/// The keeper that has written itself into the lock file, if it lives. It does so when it has everything.
+fn holder_of(home: &Home) -> Option<ProcessId> {
+    let pid: i32 = fs::read_to_string(home.lock()).ok()?.trim().parse().ok()?;
+    Procfs::new().stat(pid).ok()?.map(|stat| stat.process)
 }
 
 /// Gets out of the way of the supervisor that an upgrade has started, and returns when that has everything. `Some`: the
