@@ -144,5 +144,10 @@ mod tests {
         assert!(matches!(old.try_recv(), Err(LinkError::Closed)));
         assert!(old.goes_on());
         assert!(old.into_estate(hello(None), |_| Vec::new()).held.is_empty());
+        // Nor that of an upgrade that failed before, which nobody asked about any more.
+        let (keeper, mut old, claim) = go();
+        drop((keeper, claim));
+        assert!(matches!(old.try_recv(), Err(LinkError::Closed)));
+        assert!(old.into_estate(hello(None), |_| Vec::new()).held.is_empty());
     }
 }

@@ -18,7 +18,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use super::children::Children;
-use super::claim::CLAIM;
 use super::link::{Inventory, Link, LinkError};
 use super::mirror;
 use super::packet::{Incoming, Packets};
@@ -39,14 +38,12 @@ const EXIT: Duration = Duration::from_secs(5);
 /// # Errors
 /// It did not take everything, so it has taken nothing.
 pub fn offer(socket: OwnedFd, inventory: &Inventory) -> Result<(), LinkError> {
-    let mut copy = Inventory {
+    let copy = Inventory {
         hello: inventory.hello.clone(),
         children: inventory.children.clone(),
         held: mirror::copies(&inventory.held)
             .map_err(|source| LinkError::Io { step: "copy descriptors", source })?,
     };
-    // Nobody contests this: left by an upgrade that failed, it would have been taken by the first keeper that came.
-    copy.held.retain(|(name, _)| name != CLAIM);
     let mut children = Children::to_pass_on(copy);
     let mut offer = Offer { packets: Packets::new(socket) };
     offer.send(&FromKeeper::Hello(inventory.hello.clone()))?;

@@ -224,9 +224,7 @@ impl Link {
 
     /// The keeper has died after [`Link::go`]: whether this supervisor is the one that goes on.
     pub fn goes_on(&mut self) -> bool {
-        let Some(claim) = self.claim.take() else { return true };
-        self.mirror.forget(CLAIM);
-        claim.take()
+        self.claim.take().is_none_or(|claim| claim.take())
     }
 
     /// How many descriptors the keeper alone has, because there was no room for a copy of them here.
@@ -245,6 +243,8 @@ impl Link {
     ) -> Inventory {
         // Its last words count.
         while let Ok(Some(_)) = self.receive() {}
+        // Nobody contests this: the first keeper that came would take what an upgrade has left.
+        self.mirror.forget(CLAIM);
         let sought = self.mirror.sought();
         let found = if sought.is_empty() { Vec::new() } else { find(&sought) };
         self.mirror.into_inventory(hello, found)
