@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use crate::sys::lock;
+
 /// A process of the daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Part {
@@ -15,8 +17,7 @@ struct Part {
 
 /// What is wrong, and what would help; `None` when nothing can be seen.
 pub(super) fn why(home: &Path) -> Option<(String, String)> {
-    let keeper: u32 = fs::read_to_string(home.join("pm.lock")).ok()?.trim().parse().ok()?;
-    let keeper = part("daemon", keeper)?;
+    let keeper = part("daemon", lock::holder(&home.join("pm.lock"))?)?;
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", keeper.pid)).unwrap_or_default();
     let is_supervisor = |pid: &u32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -32,7 +32,7 @@ use crate::store::paths::Home;
 use crate::sys::child::{self, Zombie};
 use crate::sys::procfs::{ProcessId, Procfs};
 use crate::sys::spawn::{self, Confinement, Program, Target};
-use crate::sys::{exec, notify, peer, pipe, watch};
+use crate::sys::{exec, lock, notify, peer, pipe, watch};
 
 /// Whether somebody watches over the keeper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +49,9 @@ const ATTENDED_PATIENCE: Duration = Duration::from_secs(2);
 const ANNOUNCED_PATIENCE: Duration = Duration::from_secs(10);
 /// A keeper that we have started gets this long to come. A busy machine takes seconds for a process.
 const OWN_PATIENCE: Duration = Duration::from_secs(10);
-/// The longest pause between keepers that do not take everything.
+/// The pause after a keeper that did not take everything; it doubles with each that follows.
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+/// The longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A keeper that has everything, but did not dismiss us, is the daemon when it has lived for so long meanwhile. One
 /// that has failed is gone at once.
@@ -89,7 +91,7 @@ pub(super) async fn pass_on(
     let listener = pipe::packet_listener(address.as_path()).map_err(failed)?;
     let watched =
         watch::descriptor(listener.try_clone().map_err(failed)?, Interest::READABLE).map_err(failed)?;
-    let (mut frozen, mut failures) = (false, 0);
+    let (mut frozen, mut pause) = (false, PAUSE_FIRST);
     let mut rival: Option<(ProcessId, Instant)> = None;
     let mut until = Instant::now() + patience;
     loop {
@@ -117,9 +119,9 @@ pub(super) async fn pass_on(
                 }
                 Err(error) => {
                     tracing::error!(%error, "the next keeper did not take everything");
-                    failures += 1;
                     let now = Instant::now();
-                    until = now + patience.max(pause_after(failures));
+                    until = now + patience.max(pause);
+                    pause = (pause * 2).min(PAUSE_MAX);
                     let holder = holder_of(home)
                         .filter(|it| it.pid.cast_unsigned() != remains.estate.hello.keeper_pid);
                     rival = holder.map(|it| rival.filter(|(known, _)| *known == it).unwrap_or((it, now)));
@@ -138,14 +140,9 @@ pub(super) async fn pass_on(
     }
 }
 
-/// How long nothing is tried after so many keepers in a row that did not take everything.
-fn pause_after(failures: u32) -> Duration {
-    PAUSE_MAX.min(Duration::from_millis(50) * 2_u32.saturating_pow(failures.min(10)))
-}
-
 /// The keeper that has written itself into the lock file, if it lives. It does so when it has everything.
 fn holder_of(home: &Home) -> Option<ProcessId> {
-    let pid: i32 = fs::read_to_string(home.lock()).ok()?.trim().parse().ok()?;
+    let pid = lock::holder(&home.lock())?.try_into().ok()?;
     Procfs::new().stat(pid).ok()?.map(|stat| stat.process)
 }
 

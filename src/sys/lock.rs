@@ -1,7 +1,7 @@
 //! The lock that makes sure there is one daemon per home.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -47,14 +47,18 @@ pub fn acquire(path: &Path) -> Result<File, LockError> {
     match file.try_lock() {
         Ok(()) => {}
         Err(std::fs::TryLockError::WouldBlock) => {
-            let mut text = String::new();
-            let pid = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-            return Err(LockError::Held { path: path.to_owned(), pid });
+            return Err(LockError::Held { path: path.to_owned(), pid: holder(path) });
         }
         Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
     }
     claim(&mut file).map_err(failed)?;
     Ok(file)
+}
+
+/// Who wrote its pid into the lock file last. It may have ended since.
+#[must_use]
+pub fn holder(path: &Path) -> Option<u32> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// Writes this process's pid into a lock file that it holds, by itself or through a copy it was handed.
