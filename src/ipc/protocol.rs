@@ -26,6 +26,20 @@ pub const MAX_LINE: usize = 64 * 1024 * 1024;
 /// A supervisor that is alive says so at least this often while a request is under way.
 pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
 
+impl Request {
+    /// The specs that it comes with.
+    #[must_use]
+    pub fn specs(&self) -> &[AppSpec] {
+        match self {
+            Self::Start { specs, .. }
+            | Self::Apply { specs, .. }
+            | Self::Act { specs, .. }
+            | Self::PlanReload { specs, .. } => specs,
+            _ => &[],
+        }
+    }
+}
+
 /// A request as one line.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Call {

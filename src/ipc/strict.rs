@@ -11,18 +11,16 @@ use super::protocol::Request;
 /// read from.
 #[must_use]
 pub fn unknown_key(request: &Request, line: &[u8]) -> Option<String> {
+    if request.specs().is_empty() {
+        return None;
+    }
     let sent: Value = serde_json::from_slice(line).ok()?;
-    let understood = serde_json::to_value(request).ok()?;
-    let (sent, understood) = (specs(sent.get("request")?)?, specs(&understood)?);
-    sent.iter().zip(understood).find_map(|(sent, understood)| {
-        let name = understood.get("name").and_then(Value::as_str).unwrap_or_default();
-        Some(format!("{name}: {}", missing(sent, understood)?))
+    // `{"request": {"start": {"specs": […]}}}`, whatever the verb.
+    let sent = sent.get("request")?.as_object()?.values().next()?.get("specs")?.as_array()?;
+    sent.iter().zip(request.specs()).find_map(|(sent, spec)| {
+        let understood = serde_json::to_value(spec).ok()?;
+        Some(format!("{}: {}", spec.name, missing(sent, &understood)?))
     })
-}
-
-/// `{"start": {"specs": […]}}`, whatever the verb.
-fn specs(request: &Value) -> Option<&Vec<Value>> {
-    request.as_object()?.values().next()?.get("specs")?.as_array()
 }
 
 fn missing(sent: &Value, understood: &Value) -> Option<String> {
