@@ -292,11 +292,9 @@ fn a_full_tmp_is_nothing_to_the_daemon() {
     let tmp = Mounted::small(Path::new("/tmp"), 64);
     tmp.fill();
     let pm = |args: &[&str]| {
-        let mut command = home.command_of("/mnt/work/pm", args);
-        command
-            .env("PM_HOME", elsewhere.join("home"))
-            .env("TMPDIR", "/tmp")
-            .current_dir(elsewhere.join("work"));
+        let work = elsewhere.join("work");
+        let mut command = home.command_of(work.join("pm").to_str().unwrap(), args);
+        command.env("PM_HOME", elsewhere.join("home")).env("TMPDIR", "/tmp").current_dir(work);
         let done = run(command, PATIENT);
         assert_eq!(done.code, 0, "{done:?}");
         done
