@@ -5,11 +5,15 @@
 pub mod adopt;
 mod groups;
 mod hooks;
+mod leaving;
+mod listening;
 mod memory;
 mod probes;
+mod shown;
 mod start;
+mod told;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,32 +30,25 @@ use super::blob_memory::BlobMemory;
 use super::closings::Closings;
 use super::driver::Input;
 use super::journal::Journal;
-use super::launch::{self, FIRST_FD};
-use super::listeners::{self, Listeners};
+use super::launch::{self};
+use super::listeners::Listeners;
 use super::operations::Operations;
-use super::outcome::Witness;
 use super::outside::Outside;
-use super::publish::{Inside, SlotInfo};
-use super::rights;
-use super::steering::{self, Steering};
-use super::tag::{Held, HomeMark, Tag};
+use super::steering::Steering;
+use super::tag::{HomeMark, Tag};
 use super::variables::Variables;
-use crate::dispatch::{
-    Command, DispatchEvent, DispatchHandle, Drain, Idle, InFlight, KeptListener, OpenListener, Part, Token,
-};
-use crate::keeper::link::{Inventory, Link, LinkError};
-use crate::keeper::mirror::Sought;
-use crate::keeper::wire::{FromKeeper, HeldFds, Hello, ToKeeper};
+use crate::dispatch::{Command, DispatchHandle, Drain, Idle, InFlight, OpenListener, Token};
+use crate::keeper::link::{Link, LinkError};
+use crate::keeper::wire::{FromKeeper, HeldFds, ToKeeper};
 use crate::logs::console::Console;
-use crate::logs::naming::{is_merged, log_paths};
-use crate::logs::pump::{LogEvent, LogHandle};
-use crate::model::id::{AppName, InstanceId, OpId, PmId};
-use crate::model::moment::{Moment, millis};
+use crate::logs::naming::is_merged;
+use crate::logs::pump::LogHandle;
+use crate::model::id::{AppName, InstanceId, PmId};
+use crate::model::moment::Moment;
 use crate::model::saved::StartedFrom;
 use crate::model::spec::AppSpec;
-use crate::node::messages::{common_key, split_slot_key};
-use crate::policy::fleet::{AppView, Fleet};
-use crate::policy::vocabulary::{Action, Event, HookEnd, IdleConnections, RequestsInFlight, Retry, SlotView};
+use crate::policy::fleet::Fleet;
+use crate::policy::vocabulary::{Action, Event, IdleConnections, RequestsInFlight, Retry};
 use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::cgroup::group::Group;
@@ -59,10 +56,11 @@ use crate::sys::cgroup::root::Root as CgroupRoot;
 use crate::sys::procfs::ProcessId;
 use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
-use crate::sys::tree::worker::{self as tree_worker, Instance, TreeEvent, TreeOp, TreeWorker};
-use crate::sys::{clock, guarded, orphans, poll};
+use crate::sys::tree::worker::{Instance, TreeOp, TreeWorker};
+use crate::sys::{clock, guarded};
 use groups::Groups;
 use hooks::HookProcesses;
+pub use leaving::Remains;
 use memory::MemoryLimits;
 pub use probes::Heard;
 use probes::Probes;
@@ -70,25 +68,8 @@ use probes::Probes;
 /// What the app left behind when its main process ended gets the kill signal, then this long.
 const LEFTOVERS_GRACE: Duration = Duration::from_secs(1);
 
-/// What a worker's `listen()` fails with when its listener cannot be held: EMFILE.
-const NO_DESCRIPTOR: i32 = 24;
-
 /// Runs whose last lines are kept after they are forgotten, for the message that is being made.
 const RECENT_RUNS: usize = 64;
-
-/// How long a listener stays open that an app has closed without going down.
-const LISTENER_LINGER: Duration = Duration::from_secs(5);
-
-/// How long the keeper may take to read our last words.
-const DISMISSAL_PAUSE: Duration = Duration::from_millis(5);
-
-/// A keeper that does not start the next supervisor by then hangs.
-const DISMISSAL_PATIENCE: Duration = Duration::from_secs(30);
-
-const QUIT_PATIENCE: Duration = Duration::from_secs(5);
-
-/// How many of the last lines a failure shows.
-const LAST_LINES: usize = 24;
 
 /// One run as the effects know it.
 #[derive(Debug)]
@@ -533,105 +514,12 @@ impl World {
         Vec::new()
     }
 
-    /// Keeps new connections from an instance that inherits sockets of its slot, and lets it accept what it has.
-    fn leave_out(&mut self, id: InstanceId) {
-        let run = self.runs.get(&id);
-        let sockets = run.and_then(|run| self.listeners.copies(&run.spec, id.slot).ok()).unwrap_or_default();
-        let is_last = self.steering.take_out(&id);
-        self.listeners.steer(&id.app, &self.steering);
-        let inputs = self.inputs.clone();
-        tokio::spawn(async move {
-            // Otherwise another instance of the slot accepts from them.
-            if is_last {
-                steering::emptied(sockets).await;
-            }
-            // Fails only when the driver has ended.
-            let _ = inputs.send(Input::Dispatch(DispatchEvent::Settled { id, unanswered: 0 }));
-        });
-    }
-
     fn ask_tree(&mut self, id: &InstanceId, op: TreeOp) {
         let Some(run) = self.runs.get_mut(id) else { return };
         run.killed |= op == TreeOp::KillAll;
         if let Some(process) = run.process {
             let root = Root { main: process, token: run.tag.token(), group: run.group.clone() };
             self.trees.ask(Instance { id: id.clone(), root }, op);
-        }
-    }
-
-    fn close_listeners(&mut self, app: &AppName, keep: Option<&AppSpec>) {
-        if keep.is_some() {
-            self.close_unserved(app);
-        } else {
-            self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: None });
-            self.cluster_listeners.retain(|(owner, _), _| owner != app);
-            self.changes += 1;
-            self.tell_keeper(&ToKeeper::ReleasePrefix { prefix: Listeners::key_prefix(app) });
-        }
-        for name in self.listeners.close(app, keep) {
-            self.tell_keeper(&ToKeeper::Release { name });
-        }
-    }
-
-    /// Closes what workers of the app asked for and no run of it has open any more.
-    fn close_unserved(&mut self, app: &AppName) {
-        let served: BTreeSet<&str> = self
-            .runs
-            .iter()
-            .filter(|(id, _)| id.app == *app)
-            .flat_map(|(_, run)| run.open.iter().map(|open| group_of(&open.key)))
-            .collect();
-        let keys: Vec<String> = self
-            .cluster_listeners
-            .keys()
-            .filter(|(owner, key)| owner == app && !served.contains(group_of(key)))
-            .map(|(_, key)| key.clone())
-            .collect();
-        self.close_keys(app, keys);
-    }
-
-    fn close_keys(&mut self, app: &AppName, keys: Vec<String>) {
-        if keys.is_empty() {
-            return;
-        }
-        // Before the keeper's copies: what waits in the socket of a slot is handed to others.
-        self.dispatch.send(Command::CloseListeners { app: app.clone(), keys: Some(keys.clone()) });
-        for key in keys {
-            self.tell_keeper(&ToKeeper::Release { name: Listeners::key_name(app, &key) });
-            self.cluster_listeners.remove(&(app.clone(), key));
-        }
-        self.changes += 1;
-    }
-
-    /// The last worker of an app has closed a listener that it had asked for. Most likely it is about to exit, and its
-    /// successor wants the port with the clients that wait there.
-    pub fn look_later(&mut self, app: AppName, key: String) {
-        let closing = self.closings.note(&app, group_of(&key));
-        let inputs = self.inputs.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(LISTENER_LINGER).await;
-            // Fails only when the driver has ended.
-            let _ = inputs.send(Input::PerhapsUnused { app, key, closing });
-        });
-    }
-
-    /// Whether a listener was not opened and closed once more since.
-    pub fn was_last_closing(&mut self, app: &AppName, key: &str, closing: u64) -> bool {
-        self.closings.was_last(app, group_of(key), closing)
-    }
-
-    /// Closes a listener that no worker has open: its port is free for others, as with a genuine primary.
-    pub fn close_if_unused(&mut self, app: &AppName, key: &str) {
-        let group = group_of(key);
-        let in_use = self
-            .runs
-            .iter()
-            .any(|(id, run)| id.app == *app && run.open.iter().any(|open| group_of(&open.key) == group));
-        if !in_use {
-            let unused =
-                self.cluster_listeners.keys().filter(|(owner, key)| owner == app && group_of(key) == group);
-            let keys = unused.map(|(_, key)| key.clone()).collect();
-            self.close_keys(app, keys);
         }
     }
 
@@ -690,82 +578,6 @@ impl World {
         }
     }
 
-    /// What the keeper's message means to the fleet.
-    pub fn told(&mut self, message: FromKeeper) -> Option<Event> {
-        match message {
-            FromKeeper::Spawned { request, pid, start_ticks } => {
-                let id = self.spawning.remove(&request)?;
-                self.has_process(&id, pid, start_ticks);
-                if id.slot.is_hook() {
-                    self.hook_spawned(&id);
-                    return None;
-                }
-                Some(Event::Spawned { id, pid })
-            }
-            FromKeeper::SpawnFailed { request, pid, failure } => {
-                // One that an earlier supervisor asked for is known by its pid.
-                let id = self.spawning.remove(&request).or_else(|| self.by_pid.get(&pid).cloned())?;
-                let error = self.runs.get(&id).map(|run| rights::explain(failure, &run.spec));
-                self.never_ran(&id);
-                if id.slot.is_hook() {
-                    let error = error.unwrap_or_else(|| failure.to_string());
-                    return Some(Event::HookEnded { id, end: HookEnd::Failed(error) });
-                }
-                let retry = start::retry_of(failure.errno);
-                let error = error.unwrap_or_else(|| failure.to_string());
-                Some(Event::SpawnFailed { id, error, retry })
-            }
-            FromKeeper::Exited { pid, status, .. } => {
-                let Some(id) = self.by_pid.get(&pid).cloned() else {
-                    // Of no app: nobody else will confirm it.
-                    self.tell_keeper(&ToKeeper::Confirm { pid, fds: HeldFds::Release });
-                    return None;
-                };
-                let run = self.runs.get_mut(&id)?;
-                run.end.exited = true;
-                let reason = groups::reason_of(status, pid, run.group.as_ref(), run.killed);
-                if self.steering.take_out(&id) {
-                    self.listeners.steer(&id.app, &self.steering);
-                }
-                self.finish_logs(&id);
-                if id.slot.is_hook() {
-                    self.hook_exited(&id, reason);
-                    return None;
-                }
-                Some(Event::Exited { id, reason })
-            }
-            FromKeeper::NotUnderstood { kind } => {
-                tracing::error!(kind, "the keeper does not know a message");
-                None
-            }
-            FromKeeper::Leaving => {
-                self.successor_announced = true;
-                None
-            }
-            FromKeeper::Hello(_)
-            | FromKeeper::Upgraded(_)
-            | FromKeeper::Dismissed
-            | FromKeeper::Children { .. }
-            | FromKeeper::Held { .. }
-            | FromKeeper::InventoryEnd
-            | FromKeeper::Terminate { .. }
-            | FromKeeper::Synced { .. }
-            | FromKeeper::Unknown { .. } => None,
-        }
-    }
-
-    fn has_process(&mut self, id: &InstanceId, pid: u32, start_ticks: u64) {
-        let Some(run) = self.runs.get_mut(id) else { return };
-        let process = ProcessId { pid: pid.cast_signed(), start_ticks };
-        run.process = Some(process);
-        self.memory.appeared(id, process);
-        let pm_id = run.tag.pm_id;
-        self.by_pid.insert(pid, id.clone());
-        if !id.slot.is_hook() {
-            self.write_pid_file(&id.app, pm_id, pid);
-        }
-    }
-
     fn write_pid_file(&self, app: &AppName, pm_id: PmId, pid: u32) {
         let pid_file = self.pid_file(app, pm_id);
         if let Err(error) = guarded::write_private(&pid_file, pid.to_string().as_bytes()) {
@@ -773,318 +585,8 @@ impl World {
         }
     }
 
-    /// A spawn that failed leaves nothing: no descriptors, no ears, no log files held open.
-    fn never_ran(&mut self, id: &InstanceId) {
-        self.logs.finish(id.clone());
-        self.forget(id);
-    }
-
-    /// When the main process and the tree are both gone, what is left in the pipes is read.
-    fn finish_logs(&mut self, id: &InstanceId) {
-        if let Some(run) = self.runs.get_mut(id)
-            && run.end.exited
-            && run.end.tree_gone
-            && !run.end.draining
-        {
-            run.end.draining = true;
-            self.logs.finish(id.clone());
-        }
-    }
-
-    /// What the tree worker's answer means to the fleet.
-    pub fn tree(&mut self, event: TreeEvent) -> Option<Event> {
-        let TreeEvent { id, outcome, .. } = event;
-        match outcome {
-            tree_worker::Outcome::Signalled(told) => {
-                tracing::debug!(instance = %id, ?told, "signalled");
-                if let Some(run) = self.runs.get_mut(&id) {
-                    run.told = Some(told);
-                    self.changes += 1;
-                }
-                return None;
-            }
-            tree_worker::Outcome::Empty => {}
-            tree_worker::Outcome::Left(left) => {
-                tracing::error!(instance = %id, ?left, "processes survive SIGKILL");
-            }
-            tree_worker::Outcome::Failed(error) => {
-                tracing::error!(instance = %id, %error, "cannot see processes");
-            }
-        }
-        if id.slot.is_hook() && !self.runs.contains_key(&id) {
-            return self.left_hook_gone(&id);
-        }
-        self.runs.get_mut(&id)?.end.tree_gone = true;
-        self.finish_logs(&id);
-        None
-    }
-
-    /// What the log pump's event means to the fleet.
-    pub fn logged(&mut self, event: LogEvent) -> Option<Event> {
-        match event {
-            LogEvent::Drained { id } if id.slot.is_hook() => {
-                self.runs.contains_key(&id).then(|| self.hook_gone(&id))
-            }
-            LogEvent::Drained { id } => self.runs.contains_key(&id).then_some(Event::TreeGone { id }),
-            LogEvent::Trouble(trouble) => {
-                tracing::warn!(
-                    path = %trouble.path.display(), reason = trouble.reason, dropped = trouble.dropped,
-                    "log file takes no output"
-                );
-                None
-            }
-            LogEvent::Matched { id, line } => self.line_matched(id, &line),
-            LogEvent::Detached { .. } | LogEvent::Reopened => None,
-        }
-    }
-
-    /// What the dispatcher's event means to the fleet.
-    pub fn dispatched(&mut self, event: DispatchEvent) -> Option<Event> {
-        match event {
-            DispatchEvent::Ready { id, token } => {
-                self.remember(&id, token, |run| run.ready = true);
-                Some(Event::Ready { id })
-            }
-            DispatchEvent::Opened { id, open, new, token } => {
-                if let Err(error) = self.hold_listeners(&id.app, new) {
-                    tracing::error!(instance = %id, %error, "cannot hold a listener");
-                    self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR });
-                    return None;
-                }
-                self.remember(&id, token, |run| {
-                    run.open.retain(|known| known.key != open.key);
-                    run.open.push(open);
-                });
-                None
-            }
-            DispatchEvent::Listening { id, key, address, token } => {
-                let listens = |run: &mut Run| {
-                    for open in run.open.iter_mut().filter(|open| Some(&open.key) == key.as_ref()) {
-                        open.listening = true;
-                    }
-                };
-                self.remember(&id, token, listens);
-                let key = key.unwrap_or_else(|| address.clone());
-                let known = self.cluster_listeners.get_mut(&(id.app.clone(), key.clone()));
-                if let Some(listener) = known
-                    && listener.address != address
-                {
-                    listener.address = address;
-                    self.changes += 1;
-                }
-                Some(Event::Listening { id, key: common_key(&key).to_owned() })
-            }
-            DispatchEvent::ListenerClosed { id, key, left, token } => {
-                self.remember(&id, token, |run| run.open.retain(|known| known.key != key));
-                tracing::debug!(instance = %id, key, left, "listener closed");
-                Some(Event::ListenerClosed { id, key: common_key(&key).to_owned() })
-            }
-            DispatchEvent::ListenFailed { id, address, errno } => {
-                let why = Listeners::why_not(&address, &io::Error::from_raw_os_error(errno));
-                tracing::warn!(instance = %id, why, "listen failed");
-                self.listen_failures.insert(id, why);
-                None
-            }
-            DispatchEvent::ChannelClosed { id } => Some(Event::ChannelClosed { id }),
-            DispatchEvent::Settled { id, unanswered } => {
-                if unanswered > 0 {
-                    tracing::warn!(instance = %id, unanswered, "does not answer for connections");
-                }
-                Some(Event::Settled { id })
-            }
-            DispatchEvent::AgentHello { id, version } => {
-                if let Some(run) = self.runs.get_mut(&id) {
-                    run.node_version = Some(version.trim_start_matches('v').to_owned());
-                    self.changes += 1;
-                }
-                None
-            }
-            DispatchEvent::KillListeners { id, count, .. } => Some(Event::KillListeners { id, count }),
-            DispatchEvent::Drained { id } => Some(Event::Drained { id }),
-            DispatchEvent::LongLineSkipped { id, bytes, total } => {
-                if bytes > 0 {
-                    tracing::warn!(instance = %id, bytes, total, "an IPC message over 16 MiB was skipped");
-                }
-                if let Some(run) = self.runs.get_mut(&id) {
-                    run.skipped_lines = run.skipped_lines.max(total);
-                    self.changes += 1;
-                }
-                None
-            }
-            DispatchEvent::Keep { id, part, file, token } => {
-                self.keep(&id, part, &file, token);
-                None
-            }
-            DispatchEvent::LineGone { id, number } => {
-                let name = self.runs.get(&id).map(|run| run.tag.held_line(number));
-                if let Some(name) = name {
-                    self.tell_keeper(&ToKeeper::Release { name });
-                }
-                None
-            }
-            DispatchEvent::AcceptFailing { app, key, errno } => {
-                let error = io::Error::from_raw_os_error(errno);
-                tracing::error!(%app, key, %error, "cannot accept connections");
-                None
-            }
-            DispatchEvent::Ended { panicked } => {
-                // The next supervisor starts with a new thread; workers keep serving what they have.
-                assert!(!panicked, "the dispatch thread has panicked");
-                None
-            }
-            DispatchEvent::Crowd { app, address } => {
-                match address {
-                    Some(address) => self.crowds.insert(app, address),
-                    None => self.crowds.remove(&app),
-                };
-                None
-            }
-            DispatchEvent::Online { .. }
-            | DispatchEvent::Figures { .. }
-            | DispatchEvent::UserMessage { .. }
-            | DispatchEvent::MessageDropped { .. }
-            | DispatchEvent::Frozen { .. } => None,
-        }
-    }
-
-    /// Has the keeper hold what the next supervisor needs of an instance's channel.
-    fn keep(&mut self, id: &InstanceId, part: Part, file: &OwnedFd, token: Token) {
-        let held = self.runs.get(id).map(|run| {
-            let name = match part {
-                Part::Inbox => run.tag.held(Held::Inbox),
-                Part::Line(number) => run.tag.held_line(number),
-            };
-            (name, run.process.map(|process| process.pid.unsigned_abs()))
-        });
-        let kept = held.map(|(name, owner)| self.link.hold(&name, owner, file.as_fd()));
-        match kept {
-            // The next keeper gets it from us.
-            Some(Ok(()) | Err(LinkError::Closed)) => self.unheld.push(token),
-            Some(Err(error)) => {
-                tracing::error!(instance = %id, %error, "a long message cannot be held");
-                self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR });
-            }
-            None => self.dispatch.send(Command::NotRecorded { token, errno: NO_DESCRIPTOR }),
-        }
-    }
-
-    fn remember(&mut self, id: &InstanceId, token: Token, change: impl FnOnce(&mut Run)) {
-        if let Some(run) = self.runs.get_mut(id) {
-            change(run);
-            self.changes += 1;
-        }
-        self.unrecorded.push(token);
-    }
-
-    fn hold_listeners(&mut self, app: &AppName, listeners: Vec<KeptListener>) -> io::Result<()> {
-        for listener in listeners {
-            let KeptListener { key, data, origin, socket } = listener;
-            let name = Listeners::key_name(app, &key);
-            match self.link.hold(&name, None, socket.as_fd()) {
-                // A keeper that is gone is no fault of the worker; the next one gets the listener from us.
-                Ok(()) | Err(LinkError::Closed) => {}
-                Err(error) => return Err(io::Error::other(error)),
-            }
-            let memo =
-                ListenerMemo { app: app.clone(), key: key.clone(), data, origin, address: String::new() };
-            self.cluster_listeners.insert((app.clone(), key), memo);
-            self.changes += 1;
-        }
-        Ok(())
-    }
-
     fn pid_file(&self, app: &AppName, pm_id: PmId) -> PathBuf {
         self.home.pids_dir().join(format!("{}-{pm_id}.pid", app.file_stem()))
-    }
-
-    /// Whether the main process of this run has ended, and what it wrote is not all read yet.
-    #[must_use]
-    pub fn is_being_read(&self, id: &InstanceId) -> bool {
-        self.runs.get(id).is_some_and(|run| run.end.exited)
-    }
-
-    /// What people should know about the effects.
-    #[must_use]
-    pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = self.unenforced_warnings();
-        let dropped = self.logs.dropped_bytes();
-        if dropped > 0 {
-            warnings.push(format!(
-                "{dropped} bytes of log output were dropped because a log file did not take them; see {}",
-                self.home.log_file().display()
-            ));
-        }
-        warnings
-    }
-
-    /// When the machine was booted: always the same answer, so that a moment is always shown as the same time, until
-    /// the wall clock is set or the machine has slept.
-    fn boot_ms(&self) -> u64 {
-        let now = boot_ms_now();
-        if now.abs_diff(self.boot_ms) > 1000 { now } else { self.boot_ms }
-    }
-
-    /// Everything there is to show about a slot.
-    #[must_use]
-    pub fn slot_info(&self, now: Moment, app: &AppView, view: SlotView) -> SlotInfo {
-        let spec = &app.spec;
-        let run = view.current.as_ref().and_then(|current| self.runs.get(&current.id));
-        let merged = is_merged(spec);
-        let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, merged, view.pm_id);
-        let boot_ms = self.boot_ms();
-        let wall_of = |moment: Moment| boot_ms.saturating_add(moment.nanos() / 1_000_000);
-        SlotInfo {
-            spec: run.map_or_else(|| spec.clone(), |run| run.spec.clone()),
-            revision: app.revision,
-            process: run.and_then(|run| {
-                let process = run.process?;
-                Some((view.current.as_ref()?.id.clone(), process.pid, process.start_ticks))
-            }),
-            env: run.map(|run| run.env.clone()).unwrap_or_default(),
-            out_file: paths.out,
-            error_file: paths.err,
-            pid_file: self.pid_file(&spec.name, view.pm_id),
-            merged_logs: merged,
-            created_ms: wall_of(view.created),
-            started_ms: view.current.as_ref().map(|run| wall_of(run.since)),
-            restart_in_ms: view.restart_at.map(|at| millis(at.since(now))),
-            version: run.map_or_else(|| "N/A".to_owned(), |run| run.version.clone()),
-            node_version: run.and_then(|run| run.node_version.clone()),
-            agent: run
-                .filter(|run| run.channel && run.node_version.is_some())
-                .and(view.current.as_ref())
-                .map(|run| run.id.clone()),
-            inside: Inside::Unknown,
-            username: self.username.clone(),
-            unique_id: run.map(|run| run.tag.nonce.as_uuid()).unwrap_or_default(),
-            listen: self.addresses(spec),
-            crowd: self.crowds.get(&spec.name).copied(),
-            skipped_lines: run.map_or(0, |run| run.skipped_lines),
-            dropped: view.current.as_ref().map(|run| self.logs.dropped(&run.id)).unwrap_or_default(),
-            probe: view.current.as_ref().and_then(|run| self.last_heard(&run.id)).cloned(),
-            not_enforced: self.limits_not_enforced(spec),
-            cgroup: run.and_then(|run| run.group.as_ref()).map(|group| group.dir().to_owned()),
-            view,
-        }
-    }
-
-    fn addresses(&self, spec: &AppSpec) -> Vec<String> {
-        if !spec.is_node_cluster() {
-            return spec.listen.iter().map(|listener| listener.address.to_string()).collect();
-        }
-        let mut addresses: Vec<String> = Vec::new();
-        for ((app, _), listener) in &self.cluster_listeners {
-            let address = &listener.address;
-            if *app != spec.name || address.is_empty() {
-                continue;
-            }
-            let address = configured(spec, address).unwrap_or_else(|| address.clone());
-            // The sockets of all slots have one address.
-            if !addresses.contains(&address) {
-                addresses.push(address);
-            }
-        }
-        addresses
     }
 
     /// Tells the service manager, through the keeper.
@@ -1096,188 +598,13 @@ impl World {
     pub fn beat(&mut self) {
         self.tell_keeper(&ToKeeper::Beat);
     }
-
-    /// A copy of what is remembered.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn blob_copy(&self) -> std::io::Result<Vec<u8>> {
-        self.blob.newest()
-    }
-
-    /// Lets the keeper start the next supervisor from another program.
-    ///
-    /// # Errors
-    /// When the keeper is gone.
-    pub fn prepare_upgrade(
-        &mut self,
-        op: OpId,
-        from: &str,
-        supervisor_only: bool,
-        program: &OwnedFd,
-    ) -> Result<(), LinkError> {
-        let message = ToKeeper::Upgrade { op: op.0, from: from.to_owned(), supervisor_only };
-        self.link.try_send(&message, &[program.as_fd()])
-    }
-
-    /// This supervisor, which an upgrade has started, is up.
-    pub fn took_over(&mut self) {
-        self.tell_keeper(&ToKeeper::TookOver);
-    }
-
-    /// Lets the next supervisor have everything, and waits until it has. Only after everything that this one reads,
-    /// writes and accepts is frozen.
-    ///
-    /// # Errors
-    /// [`LinkError::Closed`]: the keeper is gone, and this supervisor has everything that there is.
-    pub fn go(&mut self) -> Result<(), LinkError> {
-        self.link.go()?;
-        loop {
-            while let Some(message) = self.link.try_recv()? {
-                if message == FromKeeper::Dismissed {
-                    return Ok(());
-                }
-            }
-            let room = self.link.pending() > 0;
-            let interest = if room { poll::Interest::ReadWrite } else { poll::Interest::Read };
-            // Descriptors on their way can only be tried again; everything else is told.
-            let pause = if room { DISMISSAL_PAUSE } else { DISMISSAL_PATIENCE };
-            let ready = poll::wait(&[(self.link.as_fd(), interest)], Some(pause));
-            let ready = ready.map_err(|source| LinkError::Io { step: "wait for the keeper", source })?;
-            if !ready[0] && !room {
-                return Err(LinkError::Silent);
-            }
-            self.link.flush()?;
-        }
-    }
-
-    /// The keeper has died after [`World::go`]: whether this supervisor goes on, and not the new one.
-    pub fn goes_on(&mut self) -> bool {
-        self.link.goes_on()
-    }
-
-    /// The threads that have to be frozen.
-    pub fn frozen_parts(&self) -> (&DispatchHandle, &LogHandle) {
-        (&self.dispatch, &self.logs)
-    }
-
-    /// The keeper is gone: what it had, those who still work on it, and whether the next keeper is on its way.
-    #[must_use]
-    pub fn into_remains(self, hello: Hello) -> Remains {
-        let missing = self.link.missing();
-        if missing > 0 {
-            tracing::error!(missing, "descriptors are gone with the keeper: there was no room for copies");
-        }
-        let estate = self.link.into_estate(hello, find_unanswered);
-        Remains {
-            estate,
-            dispatch: self.dispatch,
-            logs: self.logs,
-            successor_announced: self.successor_announced,
-        }
-    }
-
-    /// Ends the daemon: the keeper exits after this process.
-    ///
-    /// # Errors
-    /// When the keeper is gone already.
-    pub fn quit(mut self) -> Result<(), LinkError> {
-        self.outside.remove();
-        self.link.try_send(&ToKeeper::Quit, &[])?;
-        let deadline = clock::now() + QUIT_PATIENCE;
-        // The end of a thousand apps is more than the socket holds at once. A keeper that waits for us to read would
-        // not read.
-        while self.link.pending() > 0 {
-            while self.link.try_recv()?.is_some() {}
-            let left = deadline.since(clock::now());
-            if left.is_zero() {
-                return Err(LinkError::Silent);
-            }
-            let wait = poll::wait(&[(self.link.as_fd(), poll::Interest::ReadWrite)], Some(left));
-            wait.map_err(|source| LinkError::Io { step: "wait for the keeper", source })?;
-            self.link.flush()?;
-        }
-        Ok(())
-    }
 }
 
-/// What is left of a world without a keeper.
-#[derive(Debug)]
-pub struct Remains {
-    /// For the next keeper.
-    pub estate: Inventory,
-    /// Still hands connections to workers.
-    pub dispatch: DispatchHandle,
-    /// Still writes what apps say.
-    pub logs: LogHandle,
-    /// The keeper has said that another one follows.
-    pub successor_announced: bool,
-}
-
-/// The processes that the keeper may have started without saying so: of those with the token, the one that started
-/// first is the instance and the others are its offspring.
-fn find_unanswered(sought: &[(u64, Sought)]) -> Vec<(u64, u32, u64)> {
-    let tokens: BTreeMap<String, u64> = sought
-        .iter()
-        .filter_map(|(request, sought)| Some((Tag::decode(&sought.tag)?.token(), *request)))
-        .collect();
-    let mut first: BTreeMap<u64, ProcessId> = BTreeMap::new();
-    let orphans = orphans::find(&|token| tokens.contains_key(token)).unwrap_or_default();
-    for orphan in orphans {
-        let Some(request) = tokens.get(&orphan.token) else { continue };
-        let known = first.entry(*request).or_insert(orphan.process);
-        if (orphan.process.start_ticks, orphan.process.pid) < (known.start_ticks, known.pid) {
-            *known = orphan.process;
-        }
-    }
-    let found = first.into_iter();
-    found.map(|(request, process)| (request, process.pid.unsigned_abs(), process.start_ticks)).collect()
-}
-
-impl World {
-    /// What to say of an app that asked the kernel for a socket it has been given.
-    fn binds_what_it_inherits(&self, id: &InstanceId) -> Option<String> {
-        let lines = self.logs.last_lines(id, LAST_LINES);
-        let address = listeners::bound_again(self.listeners.of(&id.app), &lines)?;
-        Some(format!(
-            "it seems to bind {address} itself, but that socket is open already and waits for it as descriptor {FIRST_FD} \
-             (LISTEN_FDS; docs/zero-downtime.md)"
-        ))
-    }
-}
-
-impl Witness for World {
-    fn last_lines(&self, id: &InstanceId) -> Vec<String> {
-        self.logs.last_lines(id, LAST_LINES)
-    }
-
-    fn listen_failure(&self, id: &InstanceId) -> Option<String> {
-        self.listen_failures.get(id).cloned().or_else(|| self.binds_what_it_inherits(id))
-    }
-
-    fn listen_timeout(&self, app: &AppName) -> Option<Duration> {
-        self.listen_timeouts.get(app).copied()
-    }
-
-    fn last_probe(&self, id: &InstanceId) -> Option<String> {
-        self.last_heard(id).map(|heard| heard.finding.text.clone())
-    }
-}
+impl World {}
 
 /// The shell that an app takes its environment from.
 fn shell_of(shells: &BTreeMap<AppName, Shell>, app: &AppName) -> Shell {
     shells.get(app).cloned().unwrap_or_default()
-}
-
-/// Sockets that are used or unused together: those of all slots, or the one that all slots share.
-fn group_of(key: &str) -> &str {
-    split_slot_key(key).map_or(key, |(common, _)| &key[..=common.len()])
-}
-
-/// The configured address behind `fd 3`, as a worker calls it that listens on one of LISTEN_FDS.
-fn configured(spec: &AppSpec, address: &str) -> Option<String> {
-    let fd: usize = address.strip_prefix("fd ")?.parse().ok()?;
-    Some(spec.listen.get(fd.checked_sub(FIRST_FD)?)?.address.to_string())
 }
 
 fn boot_ms_now() -> u64 {
