@@ -344,22 +344,16 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
     let app = id("api", 0, 1);
     let (read_end, write_end) = World::pipe();
     let again = read_end.try_clone().unwrap();
-    let attach = |world: &World, fd: OwnedFd| {
-        let out = Some(Pipe { fd, target: Target::file(world.path("x.log"), None) });
-        world
-            .logs
-            .attach(Attachment {
-                id: app.clone(),
-                out,
-                err: None,
-                stamp: None,
-                mark: String::new(),
-                overflow: Overflow::Drop,
-                watch: None,
-            })
-            .unwrap();
+    let to_file = |world: &World, fd: OwnedFd| Attachment {
+        id: app.clone(),
+        out: Some(Pipe { fd, target: Target::file(world.path("x.log"), None) }),
+        err: None,
+        stamp: None,
+        mark: String::new(),
+        overflow: Overflow::Drop,
+        watch: None,
     };
-    attach(&world, read_end);
+    world.logs.attach(to_file(&world, read_end)).unwrap();
     let write = |text: &str| {
         nix::unistd::write(&write_end, text.as_bytes()).unwrap();
     };
@@ -368,19 +362,7 @@ fn what_a_stopped_pump_leaves_is_there_for_the_next() {
     assert!(world.logs.stop(LIMIT));
     write("ond\n");
     let next = World::new();
-    let path = world.path("x.log");
-    let out = Some(Pipe { fd: again, target: Target::file(path, None) });
-    next.logs
-        .adopt(Attachment {
-            id: app.clone(),
-            out,
-            err: None,
-            stamp: None,
-            mark: String::new(),
-            overflow: Overflow::Drop,
-            watch: None,
-        })
-        .unwrap();
+    next.logs.adopt(to_file(&world, again)).unwrap();
     write("third\n");
     next.finish(&app);
     assert_eq!(world.read("x.log"), "first\nsecond\nthird\n");

@@ -158,6 +158,16 @@ impl World {
         self.spawn(id, ChannelKind::Cluster { balance, configured: Vec::new() }, false, args)
     }
 
+    /// Two workers that serve HTTP, both in rotation, and their places among the children.
+    fn two_workers(&mut self) -> ([InstanceId; 2], [usize; 2]) {
+        let ids = [instance("web", 0, 1), instance("web", 1, 1)];
+        let children = ids.clone().map(|id| self.worker(&id, Balance::RoundRobin, &["http"]));
+        for id in &ids {
+            self.up(id);
+        }
+        (ids, children)
+    }
+
     /// The supervisor is gone, without a word; the keeper's copies and what was recorded are all that is left.
     fn next_supervisor(&mut self, ids: &[InstanceId], kind: impl Fn(&InstanceId) -> ChannelKind) {
         let (handle, log, stuck) = start();
@@ -698,11 +708,7 @@ fn a_handle_from_the_worker_is_acknowledged_and_closed() {
 fn a_connection_on_its_way_to_a_dead_worker_goes_to_another() {
     for node in nodes() {
         let mut world = World::new(&node);
-        let ids = [instance("web", 0, 1), instance("web", 1, 1)];
-        let children = ids.clone().map(|id| world.worker(&id, Balance::RoundRobin, &["http"]));
-        for id in &ids {
-            world.up(id);
-        }
+        let (ids, children) = world.two_workers();
         let port = world.port();
         world.signal(children[0], Sig::SIGSTOP);
         let clients: Vec<_> = (0..6).map(|_| std::thread::spawn(move || get(port, "/"))).collect();
@@ -1383,11 +1389,7 @@ fn killed_in_the_middle_of_3_mb_each_way_nothing_is_lost_or_doubled_and_the_work
 fn a_hand_over_that_nobody_answered_is_redispatched_by_the_next_supervisor() {
     for node in nodes() {
         let mut world = World::new(&node);
-        let ids = [instance("web", 0, 1), instance("web", 1, 1)];
-        let children = ids.clone().map(|id| world.worker(&id, Balance::RoundRobin, &["http"]));
-        for id in &ids {
-            world.up(id);
-        }
+        let (ids, children) = world.two_workers();
         let port = world.port();
         world.signal(children[0], Sig::SIGSTOP);
         world.signal(children[1], Sig::SIGSTOP);

@@ -50,21 +50,9 @@ mod tests {
     use crate::keeper::link::{Link, LinkError};
     use crate::keeper::packet::{Incoming, Packets};
     use crate::keeper::wire::{FromKeeper, HeldRecord, Hello, ToKeeper, Upgrade, UpgradeState};
-    use crate::sys::limits::Limit;
 
     fn hello(upgrade: Option<Upgrade>) -> Hello {
-        Hello {
-            version: 2,
-            keeper_pid: 1,
-            started: 0,
-            open_files: Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 },
-            oom_score_adj: 0,
-            deaths: 0,
-            last_death: None,
-            without_blob: false,
-            terminate: None,
-            upgrade,
-        }
+        Hello { upgrade, ..Hello::of_a_test() }
     }
 
     /// A keeper that is about to die, an old supervisor that has said Go, and what it lets the keeper hold.

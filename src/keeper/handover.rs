@@ -185,7 +185,6 @@ mod tests {
     use crate::keeper::link::Child;
     use crate::keeper::wire::{ChildState, Hello};
     use crate::sys::child::WaitStatus;
-    use crate::sys::limits::Limit;
     use crate::sys::pipe;
 
     fn inventory(children: u32) -> Inventory {
@@ -205,18 +204,8 @@ mod tests {
         let mut held: Vec<(String, OwnedFd)> =
             (1..=children).map(|pid| (name(pid), one.try_clone().unwrap())).collect();
         held.push(("lock".to_owned(), one.try_clone().unwrap()));
-        let hello = Hello {
-            version: 1,
-            keeper_pid: 1,
-            started: 7,
-            open_files: Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 },
-            oom_score_adj: 3,
-            deaths: 2,
-            last_death: None,
-            without_blob: false,
-            terminate: Some(15),
-            upgrade: None,
-        };
+        let hello =
+            Hello { started: 7, oom_score_adj: 3, deaths: 2, terminate: Some(15), ..Hello::of_a_test() };
         Inventory { hello, children: (1..=children).map(child).collect(), held }
     }
 

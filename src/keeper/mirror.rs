@@ -252,23 +252,7 @@ pub(super) fn copies(held: &[(String, OwnedFd)]) -> io::Result<Vec<(String, Owne
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::limits::Limit;
     use crate::sys::pipe;
-
-    fn hello() -> Hello {
-        Hello {
-            version: 1,
-            keeper_pid: 1,
-            started: 0,
-            open_files: Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 },
-            oom_score_adj: 0,
-            deaths: 0,
-            last_death: None,
-            without_blob: false,
-            terminate: None,
-            upgrade: None,
-        }
-    }
 
     fn spawn(request: u64, tag: &str, held: &[&str]) -> ToKeeper {
         ToKeeper::Spawn(Spawn {
@@ -320,7 +304,7 @@ mod tests {
 
         let own = std::process::id();
         let own_ticks = crate::sys::child::start_ticks(own).unwrap();
-        let inventory = mirror.into_inventory(hello(), vec![(5, own, own_ticks)]);
+        let inventory = mirror.into_inventory(Hello::of_a_test(), vec![(5, own, own_ticks)]);
         me.kill().unwrap();
         me.wait().unwrap();
         let mut expected = vec!["1:err", "1:out", "2:err", "2:out", "5:err", "5:out", "7:out", "lock"]

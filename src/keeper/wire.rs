@@ -591,6 +591,23 @@ impl FromKeeper {
 }
 
 impl Hello {
+    /// What a keeper that has seen nothing yet says.
+    #[cfg(test)]
+    pub(super) const fn of_a_test() -> Self {
+        Self {
+            version: VERSION,
+            keeper_pid: 1,
+            started: 0,
+            open_files: Limit { resource: libc::RLIMIT_NOFILE, soft: 1024, hard: 4096 },
+            oom_score_adj: 0,
+            deaths: 0,
+            last_death: None,
+            without_blob: false,
+            terminate: None,
+            upgrade: None,
+        }
+    }
+
     fn write(&self, w: &mut Writer) -> Result<(), WireError> {
         w.u16(self.version);
         w.u32(self.keeper_pid);

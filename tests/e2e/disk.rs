@@ -49,6 +49,17 @@ fn on_disk(home: &Home) -> Vec<(String, Vec<String>)> {
     apps
 }
 
+/// A daemon with the apps, whose home is a disk of 1 MiB; `None` where nobody may mount one.
+fn on_a_small_disk() -> Option<(Home, Mounted)> {
+    if !own_mounts() {
+        return None;
+    }
+    let home = Home::new();
+    let disk = Mounted::small(&home.path(), 1024);
+    home.start(&apps());
+    Some((home, disk))
+}
+
 /// Nobody lives on.
 fn power_cut(home: &Home) {
     wait_until("all are gone", SOON, || {
@@ -96,12 +107,7 @@ fn refuses_and_ends(home: &Home, why: &str) {
 
 #[test]
 fn pain_11_on_a_full_disk_start_scale_and_reload_are_refused_and_stop_delete_and_kill_act() {
-    if !own_mounts() {
-        return;
-    }
-    let home = Home::new();
-    let disk = Mounted::small(&home.path(), 1024);
-    home.start(&apps());
+    let Some((home, disk)) = on_a_small_disk() else { return };
     let web = home.pids("web");
     disk.fill();
     refuses_and_ends(&home, "No space left on device");
@@ -144,12 +150,7 @@ fn pain_11_on_a_full_disk_start_scale_and_reload_are_refused_and_stop_delete_and
 
 #[test]
 fn pain_11_a_machine_that_boots_with_a_full_disk_starts_what_is_wanted() {
-    if !own_mounts() {
-        return;
-    }
-    let home = Home::new();
-    let disk = Mounted::small(&home.path(), 1024);
-    home.start(&apps());
+    let Some((home, disk)) = on_a_small_disk() else { return };
     home.ok(&["stop", "job"]);
     let wanted = on_disk(&home);
     disk.fill();
@@ -175,12 +176,7 @@ fn pain_11_a_machine_that_boots_with_a_full_disk_starts_what_is_wanted() {
 
 #[test]
 fn pain_11_on_a_disk_that_has_become_read_only_the_same_is_refused_and_done() {
-    if !own_mounts() {
-        return;
-    }
-    let home = Home::new();
-    let disk = Mounted::small(&home.path(), 1024);
-    home.start(&apps());
+    let Some((home, disk)) = on_a_small_disk() else { return };
     let web = home.pids("web");
     let read_only = Mounted::read_only(&home.path());
     refuses_and_ends(&home, "Read-only file system");

@@ -170,14 +170,19 @@ fn killed_keeper() {
     assert_eq!(ok("pm ping | wc -l"), "1");
 }
 
-fn restart_keeps_pids() {
+/// Starts two apps that sleep, one that counts lines, and one that ends with code 7 when it is asked to.
+fn start_two_count_and_ends() {
     write("count.sh", COUNT);
     write("ends.sh", "trap 'exit 7' TERM\nwhile :; do sleep 0.05; done\n");
-    ok("pm startup");
     start(&format!(
         "{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n\
          [[apps]]\nname = 'ends'\nscript = 'ends.sh'\nautorestart = false\n"
     ));
+}
+
+fn restart_keeps_pids() {
+    ok("pm startup");
+    start_two_count_and_ends();
     let before = pids();
     let (first, _) = daemon();
     for verb in ["restart", "try-restart", "reload-or-restart"] {
@@ -209,13 +214,8 @@ fn keeps_exits() -> bool {
 }
 
 fn reload_upgrades() {
-    write("count.sh", COUNT);
-    write("ends.sh", "trap 'exit 7' TERM\nwhile :; do sleep 0.05; done\n");
     ok("pm startup");
-    start(&format!(
-        "{TWO}[[apps]]\nname = 'count'\nscript = 'count.sh'\n\
-         [[apps]]\nname = 'ends'\nscript = 'ends.sh'\nautorestart = false\n"
-    ));
+    start_two_count_and_ends();
     let before = pids();
     let (keeper, mut supervisor) = daemon();
     // Nothing new is installed: nothing happens.
