@@ -181,13 +181,7 @@ fn pain_20_after_a_reboot_apps_are_running_or_stopped_as_desired_and_none_runs_t
     home.ok(&["start", "sleep", "--name", "resting", "--", "1000"]);
     home.ok(&["stop", "resting"]);
     // As when the machine went down: nobody lives on.
-    for pid in [home.keeper(), home.supervisor(), home.pid("job")] {
-        process::end(pid);
-    }
-    wait_until("all are gone", SOON, || {
-        let left = home.process_list();
-        if left.is_empty() { Ok(()) } else { Err(left) }
-    });
+    home.power_cut();
     // The app is known by name although no daemon runs yet.
     home.ok(&["start", "job"]);
     home.wait_status("job", "online");

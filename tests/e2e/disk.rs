@@ -60,16 +60,6 @@ fn on_a_small_disk() -> Option<(Home, Mounted)> {
     Some((home, disk))
 }
 
-/// Nobody lives on.
-fn power_cut(home: &Home) {
-    wait_until("all are gone", SOON, || {
-        // A supervisor whose keeper is gone may have begun to start the next one.
-        home.processes().into_iter().for_each(process::end);
-        let left = home.process_list();
-        if left.is_empty() { Ok(()) } else { Err(left) }
-    });
-}
-
 fn kill_the_supervisor(home: &Home) {
     let supervisor = home.supervisor();
     process::signal(supervisor, Signal::SIGKILL);
@@ -154,7 +144,7 @@ fn pain_11_a_machine_that_boots_with_a_full_disk_starts_what_is_wanted() {
     home.ok(&["stop", "job"]);
     let wanted = on_disk(&home);
     disk.fill();
-    power_cut(&home);
+    home.power_cut();
     home.pm(&["resurrect"]);
     wait_until("the apps are up", SOON, || {
         let rows = home.rows();
@@ -224,7 +214,7 @@ fn pain_11_a_disk_that_fails_costs_no_app_and_no_acknowledged_state() {
     });
 
     // Another disk controller, and a reboot.
-    power_cut(&home);
+    home.power_cut();
     drop(disk);
     let disk = Mounted::ext4(&image, &home.path()).expect("it was there before");
     assert_eq!(on_disk(&home), acknowledged);

@@ -46,7 +46,7 @@ fn pain_38_reaps_zombies_also_of_orphans_and_of_commands_that_were_run_in_the_co
         container.exec(&home, &["sh", "-c", "(sleep 0.1 &)"]);
     }
     let seen = || {
-        let processes = process::tree(container.init);
+        let processes = process::tree(container.init());
         (processes.len(), container.zombies())
     };
     let reaped = || match seen() {
@@ -229,7 +229,7 @@ fn a_supervisor_that_is_killed_is_replaced_and_the_container_goes_on() {
     let pids = container.online(&home, 1);
     let supervisor = || {
         let is_one = |pid: &i32| process::cmdline(*pid).iter().any(|word| word == "supervisor");
-        process::children(container.init).into_iter().find(is_one)
+        process::children(container.init()).into_iter().find(is_one)
     };
     for _ in 0..3 {
         let old = wait_until("a supervisor", PATIENT, || supervisor().ok_or(()));
@@ -289,7 +289,7 @@ fn a_second_signal_ends_what_does_not_listen_and_the_code_says_so() {
     container.signal(Signal::SIGTERM);
     wait_until("half a second has passed", PATIENT, || {
         // It may be over by now.
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(container.init), Signal::SIGINT);
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(container.init()), Signal::SIGINT);
         let text = container.err();
         if text.contains("once more") { Ok(()) } else { Err(text) }
     });

@@ -1,7 +1,5 @@
 //! What is remembered: by itself over a crash, by `save` and `kill` for `resurrect`.
 
-use nix::sys::signal::Signal;
-
 use super::support::{Home, process};
 
 fn two(home: &Home) {
@@ -68,14 +66,7 @@ fn a_damaged_state_file_falls_back_to_the_previous_one() {
     two(&home);
     home.ok(&["stop", "one"]);
     let before = rows(&home);
-    let (apps, keeper, supervisor) = (home.pids("two"), home.keeper(), home.supervisor());
-    // Stopped, so that it does not bring the other one back.
-    process::signal(supervisor, Signal::SIGSTOP);
-    [keeper, supervisor].into_iter().chain(apps).for_each(process::end);
-    super::support::wait_until("all are gone", super::support::SOON, || {
-        let left = home.process_list();
-        if left.is_empty() { Ok(()) } else { Err(left) }
-    });
+    home.power_cut();
     let path = home.path().join("state.json");
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();

@@ -30,8 +30,8 @@ pub(crate) fn possible() -> bool {
 /// Ends with the test.
 pub(crate) struct Container {
     child: Child,
-    /// Its first process, as this machine counts.
-    pub(crate) init: i32,
+    /// Its first process, as this machine counts, unless it had ended before it was seen.
+    init: Option<i32>,
     out: Stream,
     err: Stream,
 }
@@ -83,9 +83,17 @@ impl Container {
         let out = Stream::of(child.stdout.take().unwrap());
         let err = Stream::of(child.stderr.take().unwrap());
         let holder = i32::try_from(child.id()).unwrap();
-        let init =
-            wait_until("the first process", PATIENT, || process::children(holder).first().copied().ok_or(()));
+        let init = wait_until("the first process", PATIENT, || match process::children(holder).first() {
+            None if process::alive(holder) => Err(()),
+            init => Ok(init.copied()),
+        });
         Self { child, init, out, err }
+    }
+
+    /// Its first process, as this machine counts.
+    #[track_caller]
+    pub(crate) fn init(&self) -> i32 {
+        self.init.expect("it was running when it was looked for")
     }
 
     pub(crate) fn out(&self) -> String {
@@ -110,7 +118,7 @@ impl Container {
         let mut command = Command::new("nsenter");
         home.environment(&mut command);
         command.env_remove("PM_HOME").env_remove("HOME");
-        command.args(["-t", &self.init.to_string(), "-p", "-m", "--"]).args(args);
+        command.args(["-t", &self.init().to_string(), "-p", "-m", "--"]).args(args);
         run(command, Duration::from_secs(60))
     }
 
@@ -137,7 +145,7 @@ impl Container {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        process::signal(self.init, signal);
+        process::signal(self.init(), signal);
     }
 
     pub(crate) fn is_over(&mut self) -> bool {
@@ -160,16 +168,16 @@ impl Container {
     /// Zombies among its processes.
     pub(crate) fn zombies(&self) -> Vec<String> {
         let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-        let own = namespace(self.init);
+        let own = namespace(self.init());
         let is_zombie = |pid: &i32| process::stat(*pid).is_some_and(|stat| stat.state == 'Z');
-        let mut found: Vec<i32> = process::tree(self.init).into_iter().filter(is_zombie).collect();
+        let mut found: Vec<i32> = process::tree(self.init()).into_iter().filter(is_zombie).collect();
         found.retain(|pid| namespace(*pid).is_none_or(|place| Some(&place) == own.as_ref()));
         found.into_iter().map(process::describe).collect()
     }
 
     /// A file of the container.
     pub(crate) fn exists(&self, path: &str) -> bool {
-        Path::new(&format!("/proc/{}/root{path}", self.init)).symlink_metadata().is_ok()
+        Path::new(&format!("/proc/{}/root{path}", self.init())).symlink_metadata().is_ok()
     }
 }
 
@@ -177,7 +185,7 @@ impl Drop for Container {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
             // With it goes everything in its namespace.
-            process::end(self.init);
+            self.init.into_iter().for_each(process::end);
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

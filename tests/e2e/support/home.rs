@@ -390,6 +390,16 @@ impl Home {
         self.daemon_process("daemon").is_some() || self.daemon_process("supervisor").is_some()
     }
 
+    /// As when the machine goes down: nobody lives on.
+    pub(crate) fn power_cut(&self) {
+        wait_until("all are gone", SOON, || {
+            // A supervisor whose keeper is gone may have begun to start the next one.
+            self.processes().into_iter().for_each(process::end);
+            let left = self.process_list();
+            if left.is_empty() { Ok(()) } else { Err(left) }
+        });
+    }
+
     pub(crate) fn process_list(&self) -> String {
         let lines: Vec<String> = self.processes().into_iter().map(process::describe).collect();
         lines.join("\n")
