@@ -23,6 +23,9 @@ pub enum BadUnit {
     TooLarge,
 }
 
+/// A century: below it a float tells every microsecond.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// Reads `10s`, `1m 30s`, `1600ms`, `1.5h` or plain milliseconds (`1600`).
 ///
 /// # Errors
@@ -46,7 +49,7 @@ pub fn duration(text: &str) -> Result<Duration, BadUnit> {
         };
         let number: f64 = number.parse().map_err(|_| BadUnit::Duration)?;
         let part = Duration::try_from_secs_f64(number * seconds).map_err(|_| BadUnit::TooLarge)?;
-        total = total.checked_add(part).ok_or(BadUnit::TooLarge)?;
+        total = total.checked_add(part).filter(|total| *total <= LONGEST).ok_or(BadUnit::TooLarge)?;
         terms += 1;
         rest = after.trim_start();
     }
@@ -88,7 +91,11 @@ pub fn show_duration(span: Duration) -> String {
     if span.is_zero() {
         return "0s".to_owned();
     }
-    let millis = span.as_millis();
+    let (millis, micros) = (span.as_millis(), span.subsec_micros() % 1000);
+    if micros > 0 {
+        let fraction = format!("{micros:03}");
+        return format!("{millis}.{}ms", fraction.trim_end_matches('0'));
+    }
     if !millis.is_multiple_of(1000) {
         return format!("{millis}ms");
     }
@@ -154,6 +161,7 @@ mod tests {
             (".", BadUnit::Duration),
             ("10 parsecs", BadUnit::DurationUnit("parsecs".to_owned())),
             ("99999999999999999999999d", BadUnit::TooLarge),
+            ("36501d", BadUnit::TooLarge),
         ] {
             assert_eq!(duration(text), Err(error), "{text:?}");
         }
@@ -182,10 +190,17 @@ mod tests {
 
     #[test]
     fn shown_durations_read_back() {
-        for (millis, text) in
-            [(0, "0s"), (1600, "1600ms"), (90_000, "1m 30s"), (86_400_000, "1d"), (30_000, "30s")]
-        {
-            let span = Duration::from_millis(millis);
+        for (micros, text) in [
+            (0, "0s"),
+            (100, "0.1ms"),
+            (1_600_025, "1600.025ms"),
+            (1_600_000, "1600ms"),
+            (90_000_000, "1m 30s"),
+            (86_400_000_000, "1d"),
+            (30_000_000, "30s"),
+            (LONGEST.as_secs() * 1_000_000 - 1, "3153599999999.999ms"),
+        ] {
+            let span = Duration::from_micros(micros);
             assert_eq!(show_duration(span), text);
             assert_eq!(duration(text), Ok(span));
         }
