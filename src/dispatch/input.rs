@@ -27,6 +27,9 @@ const CLOSED_LATELY: Duration = Duration::from_secs(3);
 /// … gets it when it is free, which is looked at this often.
 const ADDRESS_RETRY: Duration = Duration::from_millis(5);
 
+/// A driver that is behind with events is given so much time before a channel is read on.
+const READ_RETRY: Duration = Duration::from_millis(5);
+
 /// How long the name of a listener and the TLS keys that go with it may be: our answer has to go in one piece.
 const LISTENER_MAX: usize = 8 * 1024;
 
@@ -97,6 +100,13 @@ impl Dispatcher {
             }
             if turns == BUFFERS_PER_TURN {
                 self.again.push(serial);
+                break;
+            }
+            if self.backlog.is_long() {
+                let again = Deadline::Read(serial);
+                if !self.has_deadline(again) {
+                    self.at(self.now + READ_RETRY, again);
+                }
                 break;
             }
             turns += 1;
@@ -285,8 +295,8 @@ impl Dispatcher {
                     self.user_message(serial, message.as_bytes(), message.len() as u64);
                 }
             }
-            Incoming::SocketCount { key } => self.post(serial, messages::socket_count(&key), None),
-            Incoming::SocketClose { key } => self.post(serial, messages::sockets_closed(&key), None),
+            Incoming::SocketCount { key } => self.reply(serial, messages::socket_count(&key), None),
+            Incoming::SocketClose { key } => self.reply(serial, messages::sockets_closed(&key), None),
             Incoming::Agent(message) => self.agent(serial, message),
             Incoming::Ready => {
                 if !channel.ready {
@@ -310,7 +320,7 @@ impl Dispatcher {
             Incoming::Close { key } => return self.closed(serial, key),
             Incoming::Leaving { seq: ack } => {
                 let seq = self.next_seq(serial);
-                self.post(serial, messages::may_leave(ack, seq), None);
+                self.reply(serial, messages::may_leave(ack, seq), None);
             }
         }
         Verdict::Consume

@@ -183,10 +183,10 @@ impl Dispatcher {
             let errand = Errand::Grant(query.seq);
             let handed = Handed { handle: Arc::clone(&socket.socket), errand };
             let line = messages::granted_shared(granted, datagram);
-            self.post(serial, line, Some(handed));
+            self.reply(serial, line, Some(handed));
         } else {
             let line = messages::granted_by_turns(granted, socket.address);
-            self.post(serial, line, None);
+            self.reply(serial, line, None);
         }
         self.serve(listener);
     }
@@ -195,7 +195,7 @@ impl Dispatcher {
     pub(super) fn refuse(&mut self, serial: u64, query: &Query, errno: i32) {
         let Some(id) = self.channels.get(&serial).map(|channel| channel.id.clone()) else { return };
         let seq = self.next_seq(serial);
-        self.post(serial, messages::refused(&query.key(), query.seq, errno, seq), None);
+        self.reply(serial, messages::refused(&query.key(), query.seq, errno, seq), None);
         self.emit(DispatchEvent::ListenFailed { id, address: query.display(None), errno: errno.abs() });
     }
 

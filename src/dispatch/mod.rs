@@ -8,6 +8,7 @@
 //! It never spawns or signals a process, never writes a file but the sockets it binds, and never decides who is in
 //! rotation.
 
+mod backlog;
 mod crowd;
 mod inbox;
 mod input;
@@ -33,6 +34,8 @@ use serde::{Deserialize, Serialize};
 pub use crate::node::messages::{Drain, Greeting, Idle, InFlight, Query};
 
 pub use shelf::ends as shelf_ends;
+
+use backlog::Backlog;
 
 use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, InstanceId};
@@ -495,6 +498,8 @@ pub struct Stats {
     pub instances: Vec<InstanceStats>,
     /// Per listener.
     pub listeners: Vec<ListenerStats>,
+    /// Events that the driver has not handled.
+    pub events_waiting: usize,
 }
 
 /// One instance.
@@ -527,11 +532,15 @@ pub struct ListenerStats {
     pub pending: usize,
 }
 
+/// How many events may wait for the driver; a channel's buffer of lines more, at most.
+pub const EVENTS: usize = 10_000;
+
 /// The way to the thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct DispatchHandle {
     commands_tx: Sender<Command>,
     wake: Arc<EventFd>,
+    backlog: Backlog,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -541,6 +550,11 @@ impl DispatchHandle {
         // Both fail only when the thread is gone, and `DispatchEvent::Ended` has told so.
         let _ = self.commands_tx.send(command);
         let _ = self.wake.write(1);
+    }
+
+    /// An event has been handled.
+    pub fn handled(&self) {
+        self.backlog.handled();
     }
 
     /// Ends the thread and waits for it.
@@ -561,14 +575,16 @@ impl Drop for DispatchHandle {
     }
 }
 
-/// Starts the thread. `sink` is called on it and must not block (an unbounded channel's `send`).
+/// Starts the thread. `sink` is called on it and must not block (an unbounded channel's `send`). Whoever handles an event
+/// says so with [`DispatchHandle::handled`]: while [`EVENTS`] wait, channels are not read.
 ///
 /// # Errors
 /// No descriptors or threads left.
 pub fn spawn(sink: Box<dyn Fn(DispatchEvent) + Send>) -> io::Result<DispatchHandle> {
     let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
     let (commands_tx, commands_rx) = mpsc::channel();
-    let dispatcher = run::Dispatcher::new(Arc::clone(&wake), commands_rx, sink)?;
+    let backlog = Backlog::default();
+    let dispatcher = run::Dispatcher::new(Arc::clone(&wake), commands_rx, sink, backlog.clone())?;
     let thread = std::thread::Builder::new().name("dispatch".to_owned()).spawn(move || dispatcher.run())?;
-    Ok(DispatchHandle { commands_tx, wake, thread: Some(thread) })
+    Ok(DispatchHandle { commands_tx, wake, backlog, thread: Some(thread) })
 }

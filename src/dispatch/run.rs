@@ -13,6 +13,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::EventFd;
 use nix::time::{ClockId, clock_gettime};
 
+use super::backlog::Backlog;
 use super::crowd::Crowd;
 use super::inbox::Inbox;
 use super::input::{Awaiting, Until};
@@ -141,6 +142,8 @@ pub(super) enum Deadline {
     Unfinished(u64),
     /// A line that could not be answered is read again.
     Again(Token),
+    /// A channel is read on: the driver had too much to do with what it was told.
+    Read(u64),
     /// Enough waiting before a freeze.
     Freeze,
 }
@@ -159,6 +162,7 @@ pub(super) struct Dispatcher {
     wake: Arc<EventFd>,
     commands_rx: Receiver<Command>,
     pub(super) sink: Box<dyn Fn(DispatchEvent) + Send>,
+    pub(super) backlog: Backlog,
     pub(super) channels: HashMap<u64, Channel>,
     by_id: HashMap<InstanceId, u64>,
     pub(super) apps: HashMap<u64, App>,
@@ -224,6 +228,7 @@ impl Dispatcher {
         wake: Arc<EventFd>,
         commands_rx: Receiver<Command>,
         sink: Box<dyn Fn(DispatchEvent) + Send>,
+        backlog: Backlog,
     ) -> nix::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, Source::Wake.pack()))?;
@@ -231,7 +236,8 @@ impl Dispatcher {
             epoll,
             wake,
             commands_rx,
-            sink,
+            sink: backlog.counting(sink),
+            backlog,
             channels: HashMap::new(),
             by_id: HashMap::new(),
             apps: HashMap::new(),
@@ -685,6 +691,7 @@ impl Dispatcher {
                     }
                 }
                 Deadline::Again(token) => self.recorded(token, Ok(())),
+                Deadline::Read(serial) => self.pump(serial),
                 Deadline::Freeze => self.freeze(),
             }
         }
@@ -856,17 +863,27 @@ impl Dispatcher {
         self.flush(serial);
     }
 
-    /// Queues an internal line and sends what can be sent.
-    pub(super) fn post(&mut self, serial: u64, mut line: Vec<u8>, handed: Option<Handed<Handle>>) {
+    /// Queues a line of ours and sends what can be sent.
+    pub(super) fn post(&mut self, serial: u64, line: Vec<u8>, handed: Option<Handed<Handle>>) {
+        self.post_as(Author::Internal, serial, line, handed);
+    }
+
+    /// Answers a worker. One that asks without end and reads nothing gets no more, or it would fill our memory.
+    pub(super) fn reply(&mut self, serial: u64, line: Vec<u8>, handed: Option<Handed<Handle>>) {
+        self.post_as(Author::Answer, serial, line, handed);
+    }
+
+    fn post_as(&mut self, author: Author, serial: u64, mut line: Vec<u8>, handed: Option<Handed<Handle>>) {
         let Some(channel) = self.channels.get_mut(&serial) else { return };
         if channel.marked {
             line.insert(0, messages::BUN_MARK);
         }
         if line.len() > scm::WHOLE_MAX && handed.is_none() {
-            return self.post_long(serial, &line, Author::Internal);
+            return self.post_long(serial, &line, author);
         }
-        // Only a user's lines are refused.
-        let _ = channel.outbox.push(line, handed, Author::Internal);
+        if channel.outbox.push(line, handed, author).is_err() {
+            channel.messages_lost += 1;
+        }
         self.flush(serial);
     }
 
@@ -893,7 +910,11 @@ impl Dispatcher {
                 }
             })
         });
-        let mut stats = Stats { instances: instances.collect(), listeners: listeners.collect() };
+        let mut stats = Stats {
+            instances: instances.collect(),
+            listeners: listeners.collect(),
+            events_waiting: self.backlog.waiting(),
+        };
         stats.instances.sort_by(|a, b| a.id.cmp(&b.id));
         stats.listeners.sort_by(|a, b| (&a.app, &a.key).cmp(&(&b.app, &b.key)));
         stats

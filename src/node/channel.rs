@@ -19,6 +19,12 @@ const LEFT_IN_SOCKET: usize = 8 * 1024;
 /// How many bytes of user messages wait for a worker that does not read.
 pub const USER_BACKLOG: usize = 8 * 1024 * 1024;
 
+/// How many bytes of answers wait for a worker that asks and does not read. Node asks for little at a time, and waits.
+pub const ANSWER_BACKLOG: usize = 1024 * 1024;
+
+/// How many ACKs of the worker's own handles wait. Node sends one handle at a time.
+const ACKS: usize = 256;
+
 /// Cuts a channel's input into lines.
 #[derive(Debug, Default)]
 pub struct Lines {
@@ -142,6 +148,8 @@ const RETRANSMISSIONS: u8 = 3;
 pub enum Author {
     /// The cluster protocol or the agent's.
     Internal,
+    /// The same, where the worker has asked; capped.
+    Answer,
     /// A user, for the app; capped.
     User,
 }
@@ -198,6 +206,7 @@ pub struct Outbox<H> {
     /// A handle may be in flight that a former supervisor sent.
     inherited: bool,
     user_bytes: usize,
+    answer_bytes: usize,
     /// An emptied buffer, kept for the next line.
     spare: Vec<u8>,
 }
@@ -227,6 +236,7 @@ impl<H> Default for Outbox<H> {
             in_flight: None,
             inherited: false,
             user_bytes: 0,
+            answer_bytes: 0,
             spare: Vec::new(),
         }
     }
@@ -247,14 +257,10 @@ impl<H> Outbox<H> {
     /// Queues a line, newline included.
     ///
     /// # Errors
-    /// [`Full`] for a user's line behind [`USER_BACKLOG`] bytes of unread ones.
+    /// [`Full`] for a user's line behind [`USER_BACKLOG`] bytes of unread ones, and for an answer behind
+    /// [`ANSWER_BACKLOG`].
     pub fn push(&mut self, bytes: Vec<u8>, handed: Option<Handed<H>>, author: Author) -> Result<(), Full> {
-        if author == Author::User {
-            if self.user_bytes > 0 && self.user_bytes + bytes.len() > USER_BACKLOG {
-                return Err(Full);
-            }
-            self.user_bytes += bytes.len();
-        }
+        self.make_room(bytes.len(), author)?;
         self.queue.push_back(Line { body: Body::Here(bytes), handed, author, refused: 0 });
         Ok(())
     }
@@ -264,15 +270,35 @@ impl<H> Outbox<H> {
     /// # Errors
     /// As [`Outbox::push`].
     pub fn push_kept(&mut self, number: u64, length: usize, author: Author) -> Result<(), Full> {
-        if author == Author::User {
-            if self.user_bytes > 0 && self.user_bytes + length > USER_BACKLOG {
-                return Err(Full);
-            }
-            self.user_bytes += length;
-        }
+        self.make_room(length, author)?;
         let body = Body::Kept { number, length, placed: false };
         self.queue.push_back(Line { body, handed: None, author, refused: 0 });
         Ok(())
+    }
+
+    /// The bytes that count against a limit, and the limit.
+    fn counted(&mut self, author: Author) -> Option<(&mut usize, usize)> {
+        match author {
+            Author::Internal => None,
+            Author::Answer => Some((&mut self.answer_bytes, ANSWER_BACKLOG)),
+            Author::User => Some((&mut self.user_bytes, USER_BACKLOG)),
+        }
+    }
+
+    fn make_room(&mut self, length: usize, author: Author) -> Result<(), Full> {
+        if let Some((bytes, most)) = self.counted(author) {
+            if *bytes > 0 && *bytes + length > most {
+                return Err(Full);
+            }
+            *bytes += length;
+        }
+        Ok(())
+    }
+
+    fn has_gone(&mut self, length: usize, author: Author) {
+        if let Some((bytes, _)) = self.counted(author) {
+            *bytes -= length;
+        }
     }
 
     /// Queues a line that a former supervisor had put into a file, `sent` bytes of which have gone. In their order, and
@@ -330,16 +356,16 @@ impl<H> Outbox<H> {
     }
 
     fn forget_line(&mut self, place: usize) {
-        if let Some(line) = self.queue.remove(place)
-            && line.author == Author::User
-        {
-            self.user_bytes -= line.body.len();
+        if let Some(line) = self.queue.remove(place) {
+            self.has_gone(line.body.len(), line.author);
         }
     }
 
-    /// Queues an answer to the worker's own handle, before everything else.
+    /// Queues an answer to the worker's own handle, before everything else. One that has not read so many gets no more.
     pub fn push_urgent(&mut self, bytes: Vec<u8>) {
-        self.urgent.push_back(bytes);
+        if self.urgent.len() < ACKS {
+            self.urgent.push_back(bytes);
+        }
     }
 
     /// What to send now, and the handle to send with it.
@@ -398,9 +424,7 @@ impl<H> Outbox<H> {
         }
         self.midway = Midway::No;
         if let Some(line) = self.queue.pop_front() {
-            if line.author == Author::User {
-                self.user_bytes -= line.body.len();
-            }
+            self.has_gone(line.body.len(), line.author);
             if let Body::Here(bytes) = line.body {
                 self.recycle(bytes);
             }
@@ -722,6 +746,11 @@ mod tests {
         let line = vec![b'x'; 1024 * 1024];
         let accepted = (0..20).take_while(|_| outbox.push(line.clone(), None, Author::User).is_ok()).count();
         assert_eq!(accepted, USER_BACKLOG / line.len());
+        assert!(outbox.push(line.clone(), None, Author::Answer).is_ok());
+        assert!(outbox.push(b"answer\n".to_vec(), None, Author::Answer).is_err());
+        assert!(outbox.push_kept(1, 40_000, Author::Answer).is_err());
+        (0..1_000).for_each(|_| outbox.push_urgent(b"ack\n".to_vec()));
+        assert_eq!(outbox.urgent.len(), ACKS);
         assert!(outbox.push(b"internal\n".to_vec(), None, Author::Internal).is_ok());
     }
 }

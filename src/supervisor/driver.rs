@@ -658,6 +658,9 @@ impl Driver {
     }
 
     fn happened(&mut self, input: Input) {
+        if matches!(input, Input::Dispatch(_)) {
+            self.world.dispatch_handled();
+        }
         let event = match input {
             Input::SaidReady(id, recorded) => {
                 self.world.tell_when_recorded(recorded);

@@ -99,6 +99,8 @@ struct Run {
     told: Option<Vec<ProcessId>>,
     /// Messages of its own that were over 16 MiB and are not read.
     skipped_lines: u64,
+    /// How often a `listen()` of it has failed.
+    failed_listens: u32,
 }
 
 /// How far the end of a run has come: the main process and the tree can go in either order, then the pipes are read.
@@ -507,6 +509,11 @@ impl World {
     /// Asks agents what they have measured; the answers come as `DispatchEvent::Figures`.
     pub fn ask_figures(&self, ids: Vec<InstanceId>, ask: u64) {
         self.dispatch.send(Command::AskFigures { ids, ask });
+    }
+
+    /// An event of the dispatcher is handled.
+    pub fn dispatch_handled(&self) {
+        self.dispatch.handled();
     }
 
     fn dispatch(&self, command: Command) -> Vec<Event> {

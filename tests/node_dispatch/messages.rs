@@ -3,12 +3,14 @@
 use std::io::Read;
 use std::net::TcpStream;
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use pm::dispatch::{self, ChannelKind, Command, DispatchEvent};
+use pm::dispatch::{self, ChannelKind, Command, DispatchEvent, EVENTS};
 use pm::model::spec::Balance;
 use serde_json::Value;
 
-use super::world::{PATIENCE, World, instance, nodes};
+use super::world::{Log, PATIENCE, World, instance, nodes};
 
 #[test]
 fn any_message_is_harmless() {
@@ -87,6 +89,45 @@ fn a_worker_that_does_not_read_costs_bounded_memory() {
     world.wait("the queue to drain", |_| (world.stats().instances.first()?.queued == 0).then_some(()));
     world.handle.send(Command::SendMessage { id: id.clone(), json: r#"{"last":1}"#.to_owned() });
     world.message(&id, "last");
+}
+
+#[test]
+fn a_worker_that_asks_and_does_not_read_costs_bounded_memory() {
+    let mut world = World::new(Path::new("node"));
+    let id = instance("asks", 0, 1);
+    world.spawn(&id, ChannelKind::Plain, false, &["asks", "400"]);
+    // Everything it asked has been read; it reads none of the 8 MB that answer.
+    world.message(&id, "asked");
+    let stats = world.stats().instances[0].clone();
+    assert!(stats.queued <= 60 && stats.messages_lost >= 300, "{stats:?}");
+    // It is not cut off.
+    world.wait("the queue to drain", |_| (world.stats().instances.first()?.queued == 0).then_some(()));
+    world.handle.send(Command::SendMessage { id: id.clone(), json: r#"{"last":1}"#.to_owned() });
+    world.message(&id, "last");
+}
+
+#[test]
+fn a_worker_that_makes_events_without_end_costs_bounded_memory_and_none_is_lost() {
+    const ONLINES: usize = 3 * EVENTS;
+    let mut world = World::new(Path::new("node"));
+    let id = instance("web", 0, 1);
+    // The driver hangs at the first of them.
+    world.stuck.store(true, Ordering::Relaxed);
+    world.worker(&id, Balance::RoundRobin, &["onlines", &ONLINES.to_string()]);
+    world.wait("the driver to be far behind", |_| (world.stats().events_waiting >= EVENTS).then_some(()));
+    let limit = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < limit {
+        let waiting = world.stats().events_waiting;
+        assert!(waiting <= EVENTS + 2_000, "{waiting}");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    world.stuck.store(false, Ordering::Relaxed);
+    world.message(&id, "done");
+    let told = |log: &Log| {
+        let onlines = log.events.iter().filter(|event| matches!(event, DispatchEvent::Online { .. }));
+        (onlines.count() == ONLINES + 1).then_some(())
+    };
+    world.wait("all of them", told);
 }
 
 #[test]

@@ -307,16 +307,17 @@ pub(crate) fn start() -> Shared {
     let (weak, driver_log, is_stuck) = (Arc::downgrade(&handle), Arc::clone(&log), Arc::clone(&stuck));
     std::thread::spawn(move || {
         for event in events_rx {
-            let Some(token) = driver_log.0.lock().unwrap().record(event) else {
-                driver_log.1.notify_all();
-                continue;
-            };
+            let is_online = matches!(event, DispatchEvent::Online { .. });
+            let token = driver_log.0.lock().unwrap().record(event);
             driver_log.1.notify_all();
-            while is_stuck.load(Ordering::Relaxed) {
+            while is_stuck.load(Ordering::Relaxed) && (token.is_some() || is_online) {
                 std::thread::park_timeout(Duration::from_millis(2));
             }
             if let Some(handle) = weak.upgrade() {
-                handle.send(Command::Recorded { token });
+                handle.handled();
+                if let Some(token) = token {
+                    handle.send(Command::Recorded { token });
+                }
             }
         }
     });

@@ -238,6 +238,7 @@ impl World {
             end: End { exited, ..End::default() },
             told: None,
             skipped_lines: 0,
+            failed_listens: 0,
             tag,
         };
         self.runs.insert(id.clone(), run);

@@ -158,6 +158,7 @@ impl World {
             end: End::default(),
             told: None,
             skipped_lines: 0,
+            failed_listens: 0,
         };
         self.runs.insert(id.clone(), run);
         self.connect(id, &mut ends);

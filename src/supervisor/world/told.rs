@@ -20,6 +20,10 @@ use crate::sys::tree::worker::{self as tree_worker, TreeEvent};
 /// What a worker's `listen()` fails with when its listener cannot be held: EMFILE.
 const NO_DESCRIPTOR: i32 = 24;
 
+/// So many failures of `listen()` are explained per run: who has an address is looked for in all processes, which a
+/// worker that tries without end must not have us do all the time.
+const FAILED_LISTENS: u32 = 16;
+
 impl World {
     /// What the keeper's message means to the fleet.
     pub fn told(&mut self, message: FromKeeper) -> Option<Event> {
@@ -204,6 +208,11 @@ impl World {
                 Some(Event::ListenerClosed { id, key: common_key(&key).to_owned() })
             }
             DispatchEvent::ListenFailed { id, address, errno } => {
+                let run = self.runs.get_mut(&id)?;
+                run.failed_listens = run.failed_listens.saturating_add(1);
+                if run.failed_listens > FAILED_LISTENS {
+                    return None;
+                }
                 let why = Listeners::why_not(&address, &io::Error::from_raw_os_error(errno));
                 tracing::warn!(instance = %id, why, "listen failed");
                 self.listen_failures.insert(id, why);
