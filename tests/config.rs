@@ -390,6 +390,8 @@ fn mistakes_in_tables_say_what_would_work() {
         ("post_stop = { run = 'true', timout = 5 }", "did you mean `timeout`?"),
         ("user = 'a b'", "is neither a name nor a number"),
         ("user = ''", "must not be empty"),
+        ("uid = 4294967295", "nobody's number"),
+        ("group = '4294967295'", "nobody's number"),
         ("umask = 22", "write \"022\""),
         ("umask = '9'", "octal digits from \"000\" to \"777\""),
         ("nice = 20", "out of range; allowed: -20 to 19"),

@@ -203,6 +203,9 @@ pub(super) fn read_account(value: Value<'_, '_>) -> Result<String, Problem> {
     if !is_account(&text) {
         return Err(value.problem(format!("{} is neither a name nor a number", quoted(&text))));
     }
+    if text.parse() == Ok(u32::MAX) {
+        return Err(value.problem("4294967295 is nobody's number: the kernel reads it as \"no change\""));
+    }
     Ok(text)
 }
 

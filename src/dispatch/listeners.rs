@@ -18,6 +18,7 @@ use crate::node::channel::{Author, Errand, Handed};
 use crate::node::choice::{client_of, is_by_turns};
 use crate::node::messages::{self, BAD_DESCRIPTOR, Granted, INVALID, Place, Query};
 use crate::node::primary::{HandOver, ListenerIx, WorkerIx};
+use crate::sys::guise::Guise;
 use crate::sys::listen::{self, Reuse, SocketKind, Stack};
 use crate::sys::reuseport;
 
@@ -75,9 +76,10 @@ impl Dispatcher {
         let (socket, origin) = match (configured, first) {
             (Some(socket), _) => (duplicate(&socket)?, Origin::Configured),
             (None, Some(first)) => (duplicate(&first.socket)?, first.origin),
-            (None, None) => {
-                (bind_place(place, query.backlog).map_err(|error| negative(&error))?, Origin::Bound)
-            }
+            (None, None) => (
+                bind_place(place, query.backlog, &worker.guise).map_err(|error| negative(&error))?,
+                Origin::Bound,
+            ),
         };
         let kept = duplicate(&socket)?;
         let (key, data) = (query.key(), query.data.clone());
@@ -358,16 +360,15 @@ impl Dispatcher {
             let _ = self.epoll.delete(&*socket.socket);
         }
         if socket.origin == Origin::Bound
-            && let Some(path) = listen::local_path(socket.socket.as_fd())
-            && let Err(error) = std::fs::remove_file(&path)
-            && error.kind() != io::ErrorKind::NotFound
+            && let Err(error) = listen::unbind(socket.socket.as_fd())
         {
+            let path = listen::local_path(socket.socket.as_fd());
             tracing::warn!(?path, %error, "cannot remove the socket file");
         }
     }
 }
 
-pub(super) fn bind_place(place: &Place, backlog: u32) -> io::Result<OwnedFd> {
+pub(super) fn bind_place(place: &Place, backlog: u32, guise: &Guise) -> io::Result<OwnedFd> {
     let backlog = if backlog == 0 { listen::BACKLOG } else { backlog };
     let stack = |v6_only: bool| if v6_only { Stack::V6Only } else { Stack::Dual };
     match place {
@@ -377,7 +378,7 @@ pub(super) fn bind_place(place: &Place, backlog: u32) -> io::Result<OwnedFd> {
             let reuse = if *reuse { Reuse::Address } else { Reuse::No };
             listen::udp(*address, stack(*v6_only), reuse)
         }
-        Place::Unix { path, mode } => listen::unix(path, *mode, backlog).map_err(|error| {
+        Place::Unix { path, mode } => listen::unix(path, *mode, backlog, guise).map_err(|error| {
             // As libuv: a missing directory reads as EACCES.
             if error.raw_os_error() == Some(Errno::ENOENT as i32) {
                 io::Error::from_raw_os_error(Errno::EACCES as i32)
@@ -412,6 +413,11 @@ pub(super) fn duplicate(socket: &OwnedFd) -> Result<OwnedFd, i32> {
 }
 
 pub(super) fn negative(error: &io::Error) -> i32 {
-    // Errors without a number come from socket2's own checks of a path's length.
-    error.raw_os_error().map_or(INVALID, |errno| -errno)
+    match error.raw_os_error() {
+        Some(errno) => -errno,
+        // A link on the way that root does not follow.
+        None if error.kind() == io::ErrorKind::PermissionDenied => -(Errno::EACCES as i32),
+        // socket2's own check of a path's length.
+        None => INVALID,
+    }
 }

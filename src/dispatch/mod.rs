@@ -5,8 +5,8 @@
 //! recorded what they mean ([`Command::Recorded`]). So it goes on serving while the driver is busy, and the next
 //! supervisor finds every control line that had no recorded effect. Handlers are therefore idempotent.
 //!
-//! It never spawns or signals a process, never writes a file but the sockets it binds, and never decides who is in
-//! rotation.
+//! It never spawns or signals a process, never writes a file but the sockets it binds, with the rights of the app's user,
+//! and never decides who is in rotation.
 
 mod backlog;
 mod crowd;
@@ -41,6 +41,7 @@ use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, InstanceId};
 use crate::model::signal::Signal;
 use crate::model::spec::Balance;
+use crate::sys::guise::Guise;
 
 /// How much of a user message an event carries, in bytes.
 pub const MESSAGE_KEPT: usize = crate::node::channel::LINE_KEPT;
@@ -63,6 +64,8 @@ pub struct NewInstance {
     pub kind: ChannelKind,
     /// Whether our preload runs in it; it is greeted at once.
     pub agent: Option<Greeting>,
+    /// With whose rights unix sockets are made that it asks for: those that it has itself.
+    pub guise: Guise,
     /// What a former supervisor recorded; `None` for a new instance.
     pub adopted: Option<Adopted>,
 }

@@ -31,6 +31,7 @@ use crate::node::channel::{Author, Errand, Handed, Lines, Outbox};
 use crate::node::choice::client_of;
 use crate::node::messages::{self, Query, QueryKind};
 use crate::node::primary::{ListenerIx, Primary, WorkerIx};
+use crate::sys::guise::Guise;
 use crate::sys::{listen, reuseport, scm};
 
 /// What may be in flight to a worker: a connection or a shared listener.
@@ -98,6 +99,7 @@ pub(super) struct Worker {
     pub(super) app: u64,
     pub(super) balance: Balance,
     pub(super) configured: Vec<Handle>,
+    pub(super) guise: Guise,
 }
 
 /// The descriptor that an app's first configured listener has.
@@ -409,7 +411,7 @@ impl Dispatcher {
     }
 
     fn add_instance(&mut self, new: NewInstance) {
-        let NewInstance { id, channel, kind, agent, adopted } = new;
+        let NewInstance { id, channel, kind, agent, guise, adopted } = new;
         if let Some(former) = self.by_id.get(&id).copied() {
             self.forget_channel(former);
         }
@@ -440,7 +442,7 @@ impl Dispatcher {
                         }
                     }
                 }
-                Some(Worker { app, balance, configured })
+                Some(Worker { app, balance, configured, guise })
             }
         };
         let app = worker.as_ref().map(|worker| worker.app);

@@ -95,7 +95,8 @@ impl Dispatcher {
         place: &Place,
     ) -> Result<(ListenerIx, Vec<KeptListener>), i32> {
         let channel = self.channels.get(&serial).ok_or(INVALID)?;
-        let (wanted, app_serial) = (channel.id.slot.0, channel.worker.as_ref().ok_or(INVALID)?.app);
+        let worker = channel.worker.as_ref().ok_or(INVALID)?;
+        let (wanted, app_serial) = (channel.id.slot.0, worker.app);
         let app = self.apps.get(&app_serial).ok_or(INVALID)?;
         let common = query.key();
         let backlog = if query.backlog == 0 { listen::BACKLOG } else { query.backlog };
@@ -120,7 +121,8 @@ impl Dispatcher {
                 }
                 // Not shared before it has the address: nobody else may listen there, of whatever kind.
                 (None, None) => {
-                    let socket = bind_place(place, query.backlog).map_err(|error| negative(&error))?;
+                    let socket =
+                        bind_place(place, query.backlog, &worker.guise).map_err(|error| negative(&error))?;
                     reuseport::share(socket.as_fd()).map_err(|error| negative(&error))?;
                     socket
                 }

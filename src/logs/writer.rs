@@ -43,6 +43,15 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// Who is to own a log file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heir {
+    /// The app's user.
+    pub owner: Owner,
+    /// The file lies in the home's own directory of logs, where a file of ours is a log that we have made.
+    pub home: bool,
+}
+
 /// Where a stream goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
@@ -53,7 +62,7 @@ pub enum Target {
         /// Absolute. Created with its parents; a symlink is refused, except below `/dev` and `/proc`.
         path: PathBuf,
         /// Given to the file when we create it.
-        owner: Option<Owner>,
+        heir: Option<Heir>,
     },
 }
 
@@ -61,7 +70,17 @@ impl Target {
     /// The target for a log path: `/dev/null` needs no file.
     #[must_use]
     pub fn file(path: PathBuf, owner: Option<Owner>) -> Self {
-        if path == Path::new("/dev/null") { Self::Discard } else { Self::File { path, owner } }
+        let heir = owner.map(|owner| Heir { owner, home: false });
+        if path == Path::new("/dev/null") { Self::Discard } else { Self::File { path, heir } }
+    }
+
+    /// The same target, by the home's directory of logs.
+    #[must_use]
+    pub fn in_home(mut self, logs_dir: &Path) -> Self {
+        if let Self::File { path, heir: Some(heir) } = &mut self {
+            heir.home = path.parent() == Some(logs_dir);
+        }
+        self
     }
 }
 
@@ -102,7 +121,7 @@ pub(super) struct Open {
 #[derive(Debug)]
 pub(crate) struct Writer {
     path: PathBuf,
-    owner: Option<Owner>,
+    heir: Option<Heir>,
     open: Option<Open>,
     checked: Instant,
     /// The file was moved away: go on in a new one at the next line start.
@@ -124,10 +143,10 @@ struct Failure {
 
 impl Writer {
     /// Opens the file. When that fails, it is tried again as long as there is output for it.
-    pub(crate) fn new(path: PathBuf, owner: Option<Owner>, now: Instant) -> Self {
+    pub(crate) fn new(path: PathBuf, heir: Option<Heir>, now: Instant) -> Self {
         let mut writer = Self {
             path,
-            owner,
+            heir,
             open: None,
             checked: now,
             is_stale: false,
@@ -137,7 +156,7 @@ impl Writer {
             reported: None,
             report: None,
         };
-        match open_file(&writer.path, writer.owner) {
+        match open_file(&writer.path, writer.heir) {
             Ok(open) => writer.open = Some(open),
             Err(error) => writer.fail(&error, 0, now),
         }
@@ -305,7 +324,7 @@ impl Writer {
 
     /// Closes the file and opens its path again, whatever is there now. The old file stays open when that fails.
     pub(crate) fn reopen(&mut self, journal: &Journal, now: Instant) -> io::Result<()> {
-        let open = open_file(&self.path, self.owner)?;
+        let open = open_file(&self.path, self.heir)?;
         if self.open.as_ref().is_none_or(|old| old.identity.is_none() || old.identity != open.identity)
             && let Some(stream) = self.mid_line.take()
         {
@@ -421,10 +440,12 @@ impl Writer {
 ///
 /// O_NONBLOCK means nothing for a regular file; it keeps a FIFO without a reader, or a terminal that is held, from
 /// blocking every app's output.
-pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
+pub(super) fn open_file(path: &Path, heir: Option<Heir>) -> io::Result<Open> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | if may_be_link(path) { 0 } else { libc::O_NOFOLLOW };
     // The directory may be another user's, who must not send root elsewhere.
     let way = if may_be_link(path) { None } else { Some(guarded::way_to(path)?) };
+    // The links below /dev and /proc are root's too.
+    let is_roots = way.as_ref().is_none_or(Way::is_roots);
     let path = way.as_ref().map_or(path, Way::as_path);
     let mut options = OpenOptions::new();
     options.append(true).mode(MODE).custom_flags(flags);
@@ -438,7 +459,7 @@ pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
                 Ok(file) => {
                     // Whatever the umask of the shell that started the daemon was.
                     file.set_permissions(fs::Permissions::from_mode(MODE))?;
-                    if let Some(Owner { uid, gid }) = owner {
+                    if let Some(Heir { owner: Owner { uid, gid }, .. }) = heir {
                         fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
                     }
                     file
@@ -454,7 +475,7 @@ pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
     if meta.file_type().is_block_device() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "a block device is no log file"));
     }
-    if let Some(Owner { uid, gid }) = owner
+    if let Some(Heir { owner: Owner { uid, gid }, home }) = heir
         && meta.is_file()
     {
         if meta.nlink() > 1 {
@@ -463,9 +484,19 @@ pub(super) fn open_file(path: &Path, owner: Option<Owner>) -> io::Result<Open> {
                 "a file with several names is no log file of this user",
             ));
         }
-        // Ours from the time before the app had a user.
+        // Ours, from the time before the app had a user, or anything of root's that lay in a directory of the user's, who
+        // has renamed it to get it or to write in it.
         if meta.uid() != uid && meta.uid() == peer::own_uid() {
-            fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+            if !is_roots {
+                let reason = format!(
+                    "this file is root's, and not root alone can put files there; `chown {uid}:{gid}` makes it the log \
+                     of the app's user, if it is one, or move it away"
+                );
+                return Err(io::Error::new(io::ErrorKind::PermissionDenied, reason));
+            }
+            if home && way.is_some() {
+                fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+            }
         }
     }
     let identity = meta.file_type().is_file().then(|| (meta.dev(), meta.ino()));
@@ -590,9 +621,48 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.log");
-        let _writer = Writer::new(path.clone(), Some(Owner { uid: 12345, gid: 23456 }), Instant::now());
+        let heir = Heir { owner: Owner { uid: 12345, gid: 23456 }, home: false };
+        let _writer = Writer::new(path.clone(), Some(heir), Instant::now());
         let meta = fs::metadata(&path).unwrap();
         assert_eq!((meta.uid(), meta.gid()), (12345, 23456));
+    }
+
+    #[test]
+    fn what_root_has_is_given_away_in_the_home_only_and_not_written_where_others_can_put_it() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: only root can give files away");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for (name, owner) in [("logs", 0), ("elsewhere", 0), ("theirs", 12345), ("theirs/roots", 0)] {
+            fs::create_dir(at(name)).unwrap();
+            std::os::unix::fs::chown(at(name), Some(owner), None).unwrap();
+        }
+        let owner = Owner { uid: 12345, gid: 23456 };
+        for (name, taken, uid) in [
+            ("logs/x.log", true, 12345),
+            ("elsewhere/x.log", true, 0),
+            ("theirs/x.log", false, 0),
+            ("theirs/roots/x.log", false, 0),
+        ] {
+            fs::write(at(name), "secret\n").unwrap();
+            let Target::File { path, heir } = Target::file(at(name), Some(owner)).in_home(&at("logs")) else {
+                panic!("a file");
+            };
+            let opened = open_file(&path, heir);
+            assert_eq!(opened.is_ok(), taken, "{name}: {opened:?}");
+            assert_eq!(fs::metadata(at(name)).unwrap().uid(), uid, "{name}");
+            if let Err(error) = opened {
+                assert!(error.to_string().contains("chown 12345:23456"), "{error}");
+            }
+        }
+        // Given by hand, or made by us, it is a log like any other, also when it is opened again.
+        std::os::unix::fs::chown(at("theirs/x.log"), Some(12345), None).unwrap();
+        for name in ["theirs/x.log", "theirs/new.log", "theirs/new.log"] {
+            open_file(&at(name), Some(Heir { owner, home: false })).unwrap();
+            assert_eq!(fs::metadata(at(name)).unwrap().uid(), 12345, "{name}");
+        }
     }
 
     #[test]

@@ -13,9 +13,11 @@ use super::steering::Steering;
 use crate::keeper::wire::NAME_MAX;
 use crate::model::id::{AppName, Slot};
 use crate::model::spec::{AppSpec, ListenAddress, ListenSpec};
+use crate::sys::guarded;
+use crate::sys::guise::Guise;
 use crate::sys::holder;
 use crate::sys::listen::{self, Stack};
-use crate::sys::{pipe, reuseport};
+use crate::sys::{pipe, reuseport, users};
 
 /// Stands for a text that is too long for the keeper's names.
 fn digest(text: &str) -> u64 {
@@ -127,11 +129,12 @@ impl Listeners {
 
     /// Opens those listeners of the spec that an instance in this slot inherits and that are not open yet. All or none.
     ///
-    /// Sockets of slots are opened in the order of the slots: the kernel numbers them so ([`reuseport`]).
+    /// Sockets of slots are opened in the order of the slots: the kernel numbers them so ([`reuseport`]). Unix sockets are
+    /// made in the guise of the app's user, where that user may; elsewhere by root, if nobody else can change the way there.
     ///
     /// # Errors
     /// [`OpenError`] names who holds the address.
-    pub fn open(&mut self, spec: &AppSpec, slot: Slot) -> Result<Vec<Opened>, OpenError> {
+    pub fn open(&mut self, spec: &AppSpec, guise: &Guise, slot: Slot) -> Result<Vec<Opened>, OpenError> {
         let mut fresh: Vec<(Place, OwnedFd)> = Vec::new();
         for listener in &spec.listen {
             let slots = if spec.inherits_slots() {
@@ -142,7 +145,7 @@ impl Listeners {
             for slot in slots {
                 let place = Place { app: spec.name.clone(), address: listener.address.clone(), slot };
                 if !self.open.contains_key(&place) {
-                    let socket = self.socket(&place, listener, &fresh)?;
+                    let socket = self.socket(&place, listener, guise, &fresh)?;
                     fresh.push((place, socket));
                 }
             }
@@ -162,6 +165,7 @@ impl Listeners {
         &self,
         place: &Place,
         listener: &ListenSpec,
+        guise: &Guise,
         fresh: &[(Place, OwnedFd)],
     ) -> Result<OwnedFd, OpenError> {
         let at = |slot: Option<Slot>| {
@@ -173,11 +177,11 @@ impl Listeners {
         let first = at(Some(Slot(0)));
         match (place.slot, first) {
             (None, Some(first)) => copy(&place.address, first),
-            (None, None) => bind(listener),
+            (None, None) => bind(listener, guise),
             (Some(Slot(0)), _) => {
                 let socket = match at(None) {
                     Some(shared) => copy(&place.address, shared)?,
-                    None => bind(listener)?,
+                    None => bind(listener, guise)?,
                 };
                 reuseport::share(socket.as_fd()).map_err(other)?;
                 Ok(socket)
@@ -233,11 +237,11 @@ impl Listeners {
         gone.into_iter()
             .map(|place| {
                 let name = Self::name(&place);
-                if let ListenAddress::Unix(path) = &place.address {
-                    // A path that is left over would refuse the next bind; somebody may have removed it already.
-                    let _ = std::fs::remove_file(path);
+                if let Some(socket) = self.open.remove(&place)
+                    && let Err(error) = listen::unbind(socket.as_fd())
+                {
+                    tracing::warn!(address = %place.address, %error, "cannot remove the socket file");
                 }
-                self.open.remove(&place);
                 name
             })
             .collect()
@@ -308,7 +312,7 @@ pub fn bound_again<'a>(
     named.or_else(|| first.filter(|_| !names_some))
 }
 
-fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
+fn bind(listener: &ListenSpec, guise: &Guise) -> Result<OwnedFd, OpenError> {
     let address = listener.address.to_string();
     let bound = match &listener.address {
         ListenAddress::Tcp(at) if at.ip() == Ipv6Addr::UNSPECIFIED => {
@@ -316,7 +320,7 @@ fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
             listen::tcp_any(at.port(), listener.backlog)
         }
         ListenAddress::Tcp(at) => listen::tcp(*at, Stack::V6Only, listener.backlog),
-        ListenAddress::Unix(path) => bind_unix(path, listener.backlog),
+        ListenAddress::Unix(path) => bind_unix(path, listener.backlog, guise),
     };
     let socket = bound.map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
@@ -336,21 +340,46 @@ fn bind(listener: &ListenSpec) -> Result<OwnedFd, OpenError> {
     Ok(socket)
 }
 
-/// A socket file that nobody listens on is a left-over of a crash; one that somebody listens on is theirs.
-fn bind_unix(path: &Path, backlog: u32) -> io::Result<OwnedFd> {
-    match listen::unix(path, 0, backlog) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_over(path) => {
-            std::fs::remove_file(path)?;
-            listen::unix(path, 0, backlog)
+/// As the app's user, who may have written the way there. Where that user may not, the path is the operator's choice, such
+/// as one in /run: root makes the socket if nobody else can change what lies on the way.
+fn bind_unix(path: &Path, backlog: u32, guise: &Guise) -> io::Result<OwnedFd> {
+    match bind_or_replace(path, backlog, guise) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !guise.is_root() => {
+            match guarded::way_in(path) {
+                Ok(way) if way.is_roots() => bind_or_replace(path, backlog, &Guise::Own),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Err(error),
+                _ if users::may_change_user() => {
+                    let advice = "the app's user may make no socket there, and root makes one only where others can \
+                                  change nothing on the way; give the directory to that user";
+                    Err(io::Error::new(error.kind(), format!("{error}: {advice}")))
+                }
+                _ => Err(error),
+            }
         }
         other => other,
     }
 }
 
-fn is_left_over(path: &Path) -> bool {
+/// A socket file that nobody listens on is a left-over of a crash; one that somebody listens on is theirs.
+fn bind_or_replace(path: &Path, backlog: u32, guise: &Guise) -> io::Result<OwnedFd> {
+    match listen::unix(path, 0, backlog, guise) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left_over(path, guise) => {
+            listen::remove_socket(path, guise)?;
+            listen::unix(path, 0, backlog, guise)
+        }
+        other => other,
+    }
+}
+
+fn is_left_over(path: &Path, guise: &Guise) -> bool {
     // One whose queue is full is somebody's.
-    pipe::stream_connect(path, Duration::from_millis(100))
-        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    let connected = guise.run(|| pipe::stream_connect(path, Duration::from_millis(100)).map(drop));
+    connected.is_err_and(|error| match error.kind() {
+        io::ErrorKind::ConnectionRefused => true,
+        // Root's, from the time before the app had a user.
+        io::ErrorKind::PermissionDenied => holder::of_unix(path).is_ok_and(|holders| holders.is_empty()),
+        _ => false,
+    })
 }
 
 fn by_whom(address: &ListenAddress) -> String {
@@ -366,7 +395,56 @@ fn by_whom(address: &ListenAddress) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{Permissions, set_permissions};
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+
     use super::*;
+    use crate::sys::spawn::Credentials;
+
+    #[test]
+    fn a_configured_unix_socket_is_its_users_or_lies_where_nobody_but_root_could_put_it() {
+        if !users::may_change_user() {
+            return;
+        }
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        set_permissions(home.path(), Permissions::from_mode(0o755)).unwrap();
+        for (name, owner) in [("roots", 0), ("bobs", 54_321), ("deploys", 1000), ("deploys/roots", 0)] {
+            std::fs::create_dir(at(name)).unwrap();
+            chown(at(name), Some(owner), None).unwrap();
+        }
+        let credentials = Credentials { uid: 54_321, gid: 54_321, groups: vec![54_321] };
+        let bob = Guise::User(credentials);
+        let bind = |name: &str| bind_unix(&at(name), 16, &bob);
+        for (name, owner) in [("roots/a", 0), ("bobs/a", 54_321)] {
+            let socket = bind(name).unwrap();
+            assert_eq!(std::fs::metadata(at(name)).unwrap().uid(), owner, "{name}");
+            assert_eq!(bind(name).unwrap_err().kind(), io::ErrorKind::AddrInUse, "{name}");
+            // Left over.
+            drop(socket);
+            let socket = bind(name).unwrap();
+            listen::unbind(socket.as_fd()).unwrap();
+            assert!(!at(name).try_exists().unwrap(), "{name}");
+        }
+        for name in ["deploys/a", "deploys/roots/a"] {
+            let error = bind(name).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{name}");
+            assert!(error.to_string().contains("give the directory to that user"), "{error}");
+            assert!(!at(name).try_exists().unwrap(), "{name}");
+        }
+        assert_eq!(bind("missing/a").unwrap_err().kind(), io::ErrorKind::NotFound);
+        // From the time before the app had a user: in use, or left over.
+        let roots = listen::unix(&at("bobs/b"), 0, 16, &Guise::Own).unwrap();
+        assert_eq!(bind("bobs/b").unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(roots);
+        bind("bobs/b").unwrap();
+        // Nothing listens on a file that is none, and it is nobody's left-over.
+        for name in ["roots/file", "bobs/file"] {
+            std::fs::write(at(name), "precious").unwrap();
+            bind(name).unwrap_err();
+            assert_eq!(std::fs::read(at(name)).unwrap(), b"precious");
+        }
+    }
 
     #[test]
     fn a_program_that_binds_what_it_should_inherit_is_known_by_its_last_words() {

@@ -7,6 +7,7 @@ use crate::model::process::{Controller, ProcessRules};
 use crate::model::spec::AppSpec;
 use crate::store::paths::user_name;
 use crate::sys::cgroup::root::Root;
+use crate::sys::guise::Guise;
 use crate::sys::limits::Limit;
 use crate::sys::peer;
 use crate::sys::spawn::{Confinement, Credentials, Failure, Stage};
@@ -74,6 +75,12 @@ impl Rights {
         })
     }
 
+    /// With whose rights its unix sockets are made.
+    #[must_use]
+    pub fn guise(&self) -> Guise {
+        self.credentials.clone().map_or(Guise::Own, Guise::User)
+    }
+
     /// Who the files are to belong to that the daemon makes for it.
     #[must_use]
     pub fn owner(&self) -> Option<Owner> {
@@ -108,6 +115,17 @@ pub fn account_of(rules: &ProcessRules) -> Result<Option<Account>, RightsError> 
         (None, group) => format!("group `{}`", group.as_deref().unwrap_or_default()),
     };
     Err(RightsError::NotRoot { wanted, daemon: format!("`{}`", user_name(peer::own_uid())) })
+}
+
+/// With whose rights files are made where an app chooses the path, or may change what lies on it.
+#[must_use]
+pub fn guise_of(rules: &ProcessRules) -> Guise {
+    match account_of(rules) {
+        Ok(None) => Guise::Own,
+        Ok(Some(account)) => Guise::User(account.credentials),
+        // Adopted, and its user is gone. Root's rights would be the worst answer.
+        Err(_) => Guise::Nobody,
+    }
 }
 
 /// Why these limits of an app are not enforced here, in words for people: one for each reason.

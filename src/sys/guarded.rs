@@ -10,11 +10,13 @@ use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
-use nix::sys::stat::{Mode, SFlag, fstat, mkdirat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::geteuid;
 
 /// May be written by everybody.
 const WORLD_WRITABLE: u32 = 0o002;
+/// Likewise by its group.
+const GROUP_WRITABLE: u32 = 0o020;
 /// In such a directory only their owners may remove and rename files, as in /tmp.
 const STICKY: u32 = 0o1000;
 
@@ -77,6 +79,7 @@ fn steered(file: &Metadata, directory: Option<&Metadata>) -> Option<&'static str
 pub struct Way {
     path: PathBuf,
     _directory: Option<OwnedFd>,
+    is_roots: bool,
 }
 
 impl Way {
@@ -84,6 +87,12 @@ impl Way {
     #[must_use]
     pub fn as_path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether only root can change the way or put anything at its end: what is there is what root wants there.
+    #[must_use]
+    pub const fn is_roots(&self) -> bool {
+        self.is_roots
     }
 }
 
@@ -97,73 +106,114 @@ const LINKS_MAX: u32 = 40;
 /// # Errors
 /// As openat(2) and mkdirat(2); `PermissionDenied` names the symlink.
 pub fn way_to(path: &Path) -> io::Result<Way> {
+    way(path, Missing::Made)
+}
+
+/// Likewise, without making directories.
+///
+/// # Errors
+/// As openat(2); `PermissionDenied` names the symlink.
+pub fn way_in(path: &Path) -> io::Result<Way> {
+    way(path, Missing::Error)
+}
+
+fn way(path: &Path, missing: Missing) -> io::Result<Way> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     if !geteuid().is_root() {
-        return Ok(Way { path: path.to_owned(), _directory: None });
+        return Ok(Way { path: path.to_owned(), _directory: None, is_roots: false });
     }
-    let root = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
-    let mut links = 0;
-    let directory = walk(root, parent, &mut links)?;
+    let mut walk = Walk { missing, links: 0, is_roots: true };
+    let directory = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
+    let directory = walk.along(directory, parent)?;
+    let is_roots = walk.is_roots && !is_writable_for_others(&fstat(&directory)?);
     let path = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
-    Ok(Way { path, _directory: Some(directory) })
+    Ok(Way { path, _directory: Some(directory), is_roots })
 }
 
 const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
-fn walk(from: OwnedFd, path: &Path, links: &mut u32) -> io::Result<OwnedFd> {
-    let mut here = from;
-    for component in path.components() {
-        let name = match component {
-            Component::RootDir => {
-                here = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
-                continue;
-            }
-            Component::CurDir | Component::Prefix(_) => continue,
-            Component::ParentDir => "..".as_ref(),
-            Component::Normal(name) => name,
-        };
-        here = step(here, name, links)?;
-    }
-    Ok(here)
+/// By their owner's group or everybody. An access list shows in the group's bits.
+fn is_writable_for_others(meta: &FileStat) -> bool {
+    meta.st_mode & (WORLD_WRITABLE | GROUP_WRITABLE) != 0
 }
 
-/// One directory further, by its name or by the symlink of that name.
-fn step(here: OwnedFd, name: &OsStr, links: &mut u32) -> io::Result<OwnedFd> {
-    let found = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let next = match openat(&here, name, found, Mode::empty()) {
-        Err(Errno::ENOENT) => {
-            match mkdirat(&here, name, Mode::from_bits_truncate(0o755)) {
-                // Somebody else was quicker.
-                Ok(()) | Err(Errno::EEXIST) => {}
-                Err(error) => return Err(error.into()),
-            }
-            openat(&here, name, found, Mode::empty())?
+/// What becomes of directories that are not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    Made,
+    Error,
+}
+
+/// A walk through directories.
+struct Walk {
+    missing: Missing,
+    links: u32,
+    /// Nobody else than root can have another way lie here.
+    is_roots: bool,
+}
+
+impl Walk {
+    fn along(&mut self, from: OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+        let mut here = from;
+        for component in path.components() {
+            let name = match component {
+                Component::RootDir => {
+                    here = openat(AT_FDCWD, "/", DIRECTORY, Mode::empty())?;
+                    continue;
+                }
+                Component::CurDir | Component::Prefix(_) => continue,
+                Component::ParentDir => "..".as_ref(),
+                Component::Normal(name) => name,
+            };
+            here = self.step(here, name)?;
         }
-        next => next?,
-    };
-    let meta = fstat(&next)?;
-    match SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT {
-        SFlag::S_IFDIR => return Ok(next),
-        SFlag::S_IFLNK => {}
-        _ => return Err(Errno::ENOTDIR.into()),
+        Ok(here)
     }
-    *links += 1;
-    if *links > LINKS_MAX {
-        return Err(Errno::ELOOP.into());
+
+    /// One directory further, by its name or by the symlink of that name.
+    fn step(&mut self, here: OwnedFd, name: &OsStr) -> io::Result<OwnedFd> {
+        let found = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let next = match openat(&here, name, found, Mode::empty()) {
+            Err(Errno::ENOENT) if self.missing == Missing::Made => {
+                match mkdirat(&here, name, Mode::from_bits_truncate(0o755)) {
+                    // Somebody else was quicker.
+                    Ok(()) | Err(Errno::EEXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                openat(&here, name, found, Mode::empty())?
+            }
+            next => next?,
+        };
+        let meta = fstat(&next)?;
+        self.is_roots &= meta.st_uid == 0;
+        match SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT {
+            SFlag::S_IFDIR => {
+                // Directories of root's in a sticky one stay where they are: their owner alone may move them.
+                self.is_roots &= meta.st_mode & STICKY != 0 || !is_writable_for_others(&meta);
+                return Ok(next);
+            }
+            // One of root's in a sticky directory may have been brought there from elsewhere.
+            SFlag::S_IFLNK => self.is_roots &= !is_writable_for_others(&fstat(&here)?),
+            _ => return Err(Errno::ENOTDIR.into()),
+        }
+        self.links += 1;
+        if self.links > LINKS_MAX {
+            return Err(Errno::ELOOP.into());
+        }
+        let target = readlinkat(&next, "")?;
+        let there = self.along(here, Path::new(&target))?;
+        if meta.st_uid != 0 && fstat(&there)?.st_uid != meta.st_uid {
+            let message = format!(
+                "the symlink {} of user {} leads to what is not that user's",
+                name.display(),
+                meta.st_uid
+            );
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
+        }
+        Ok(there)
     }
-    let target = readlinkat(&next, "")?;
-    let there = walk(here, Path::new(&target), links)?;
-    if meta.st_uid != 0 && fstat(&there)?.st_uid != meta.st_uid {
-        let message = format!(
-            "the symlink {} of user {} leads to what is not that user's",
-            name.display(),
-            meta.st_uid
-        );
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
-    }
-    Ok(there)
 }
 
 #[cfg(test)]
@@ -227,6 +277,49 @@ mod tests {
             }
             assert_eq!(std::fs::read_dir(at("roots")).unwrap().count(), 0);
         }
+    }
+
+    #[test]
+    fn a_way_is_roots_where_nobody_else_can_change_it() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for (name, owner, mode) in [
+            ("roots", 0, 0o755),
+            ("roots/deeper", 0, 0o700),
+            ("groups", 0, 0o775),
+            ("groups/deeper", 0, 0o755),
+            ("all", 0, 0o1777),
+            ("all/deeper", 0, 0o755),
+            ("bobs", 1000, 0o755),
+            ("bobs/roots", 0, 0o755),
+        ] {
+            std::fs::create_dir(at(name)).unwrap();
+            set_permissions(at(name), Permissions::from_mode(mode)).unwrap();
+            chown(at(name), Some(owner), None).unwrap();
+        }
+        for (target, name) in [("roots", "link"), ("bobs", "to-bob"), ("../roots", "all/link")] {
+            symlink(target, at(name)).unwrap();
+        }
+        for (path, expected) in [
+            ("roots/a", true),
+            ("roots/deeper/a", true),
+            ("link/a", true),
+            ("all/deeper/a", true),
+            ("all/a", false),
+            ("all/link/a", false),
+            ("groups/a", false),
+            ("groups/deeper/a", false),
+            ("bobs/a", false),
+            ("bobs/roots/a", false),
+            ("to-bob/roots/a", false),
+        ] {
+            assert_eq!(way_in(&at(path)).unwrap().is_roots(), expected, "{path}");
+        }
+        assert_eq!(way_in(&at("missing/a")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!at("missing").try_exists().unwrap());
     }
 
     #[test]

@@ -6,12 +6,19 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::socket::SockFlag;
+use nix::sys::stat::Mode;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+
+use super::guarded;
+use super::guise::Guise;
+use super::spawn::Credentials;
+use super::users;
 
 /// The backlog Node asks for, and hence everybody's default.
 pub const BACKLOG: u32 = 511;
@@ -81,24 +88,95 @@ pub fn udp(address: SocketAddr, stack: Stack, reuse: Reuse) -> io::Result<OwnedF
 /// Listens on a unix stream socket; `extra_mode` is added to the file's mode after bind (0444 for `readableAll`, 0222
 /// for `writableAll`).
 ///
+/// Where an app has a user, the app chooses the path, or may change what lies on it while we look: root would make a
+/// socket, change a mode and remove a file wherever the app likes. So all of it is done in the guise of that user, and
+/// the path stays as the app wrote it, which getsockname(2) and clients see. The socket is made in that guise too:
+/// fstat(2) of any of its descriptors then names the user for as long as it lives, whoever closes it ([`unbind`]).
+///
 /// # Errors
-/// EADDRINUSE when the file exists, also when it is a left-over; EINVAL for a path of more than 107 bytes.
-pub fn unix(path: &Path, extra_mode: u32, backlog: u32) -> io::Result<OwnedFd> {
-    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
-    socket.bind(&SockAddr::unix(path)?)?;
-    let listening = socket.listen(clamp(backlog)).and_then(|()| {
-        if extra_mode == 0 {
-            return Ok(());
+/// EADDRINUSE when the file exists, also when it is a left-over; EINVAL for a path of more than 107 bytes; EACCES where
+/// the user may not.
+pub fn unix(path: &Path, extra_mode: u32, backlog: u32, guise: &Guise) -> io::Result<OwnedFd> {
+    guise.run(|| {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
+        socket.bind(&SockAddr::unix(path)?)?;
+        let widened = if extra_mode == 0 { Ok(()) } else { widen(path, extra_mode, guise) };
+        if let Err(error) = widened.and_then(|()| socket.listen(clamp(backlog))) {
+            // The file is ours since the bind above succeeded; a failure to remove it changes nothing for the caller.
+            let _ = remove(path, guise);
+            return Err(error);
         }
-        let mode = std::fs::metadata(path)?.permissions().mode() | extra_mode;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
-    });
-    if let Err(error) = listening {
-        // The file is ours since the bind above succeeded; a failure to remove it changes nothing for the caller.
-        let _ = std::fs::remove_file(path);
-        return Err(error);
+        Ok(socket.into())
+    })
+}
+
+/// Removes the file of a listening unix socket that [`unix`] made, if it still is a socket; with the rights of the user
+/// that it was made for, also when that was another process of ours. Means nothing for other sockets.
+///
+/// # Errors
+/// As unlink(2), but none when it is gone already.
+pub fn unbind(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let Some(path) = local_path(socket) else { return Ok(()) };
+    let owner = nix::sys::stat::fstat(socket)?;
+    let (uid, gid) = (owner.st_uid, owner.st_gid);
+    if uid == 0 || !users::may_change_user() {
+        return remove_socket(&path, &Guise::Own);
     }
-    Ok(socket.into())
+    let of_user = |groups| Guise::User(Credentials { uid, gid, groups });
+    match remove_socket(&path, &of_user(vec![gid])) {
+        // By its other groups then, which take a look into the user database.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            remove_socket(&path, &of_user(users::groups_of(uid, gid)))
+        }
+        other => other,
+    }
+}
+
+/// Removes the file of a unix socket, and nothing that is none.
+///
+/// # Errors
+/// As unlink(2), but none when it is gone already.
+pub fn remove_socket(path: &Path, guise: &Guise) -> io::Result<()> {
+    match guise.run(|| remove(path, guise)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Within the guise.
+fn remove(path: &Path, guise: &Guise) -> io::Result<()> {
+    reached(path, guise, |path| {
+        if std::fs::symlink_metadata(path)?.file_type().is_socket() {
+            std::fs::remove_file(path)
+        } else {
+            Err(not_a_socket())
+        }
+    })
+}
+
+/// Adds to the mode of a socket's file, within the guise. Not through the path, which may have become another file's, and
+/// no link.
+fn widen(path: &Path, extra_mode: u32, guise: &Guise) -> io::Result<()> {
+    reached(path, guise, |path| {
+        let found = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = std::fs::File::from(nix::fcntl::open(path, found, Mode::empty())?);
+        let meta = file.metadata()?;
+        if !meta.file_type().is_socket() {
+            return Err(not_a_socket());
+        }
+        let mode = std::fs::Permissions::from_mode(meta.mode() | extra_mode);
+        std::fs::set_permissions(format!("/proc/self/fd/{}", file.as_raw_fd()), mode)
+    })
+}
+
+/// Root goes through the directory's descriptor, and over no link of another user to what is not that user's. Others get
+/// where their rights let them.
+fn reached<T>(path: &Path, guise: &Guise, act: impl FnOnce(&Path) -> io::Result<T>) -> io::Result<T> {
+    if guise.is_root() { act(guarded::way_in(path)?.as_path()) } else { act(path) }
+}
+
+fn not_a_socket() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "not a socket")
 }
 
 /// Accepts one connection, non-blocking and CLOEXEC as Node's own (accept4(2)).
@@ -254,12 +332,92 @@ mod tests {
     fn unix_sockets_get_their_mode_and_refuse_long_paths() {
         let home = tempfile::tempdir().unwrap();
         let path = home.path().join("app.sock");
-        let socket = unix(&path, 0o666, BACKLOG).unwrap();
+        let socket = unix(&path, 0o666, BACKLOG, &Guise::Own).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o666, 0o666);
         assert_eq!(kind(socket.as_fd()), Some(SocketKind::Stream));
-        let again = unix(&path, 0, BACKLOG).unwrap_err();
+        let again = unix(&path, 0, BACKLOG, &Guise::Own).unwrap_err();
         assert_eq!(again.raw_os_error(), Some(Errno::EADDRINUSE as i32));
-        assert!(unix(&home.path().join("x".repeat(200)), 0, BACKLOG).is_err());
+        assert!(unix(&home.path().join("x".repeat(200)), 0, BACKLOG, &Guise::Own).is_err());
+        unbind(socket.as_fd()).unwrap();
+        assert!(!path.try_exists().unwrap());
+        unbind(socket.as_fd()).unwrap();
+        std::fs::write(&path, "no socket").unwrap();
+        unbind(socket.as_fd()).unwrap_err();
+        assert!(path.try_exists().unwrap());
+    }
+
+    /// Directories of root's and of bob's, for whom bob's guise is; `None` where only root could tell.
+    fn two_users() -> Option<(tempfile::TempDir, Guise)> {
+        if !users::may_change_user() {
+            return None;
+        }
+        let home = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(home.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        for (name, owner) in [("roots", 0), ("bobs", 54_321), ("bobs/d", 54_321)] {
+            std::fs::create_dir(home.path().join(name)).unwrap();
+            std::os::unix::fs::chown(home.path().join(name), Some(owner), None).unwrap();
+        }
+        Some((home, Guise::User(Credentials { uid: 54_321, gid: 54_321, groups: vec![54_321] })))
+    }
+
+    #[test]
+    fn a_unix_socket_of_a_user_is_made_and_removed_only_where_that_user_may() {
+        let Some((home, bob)) = two_users() else { return };
+        let at = |name: &str| home.path().join(name);
+        let refused = unix(&at("roots/x"), 0o666, BACKLOG, &bob).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        let [first, second] = ["bobs/d/file", "bobs/d/socket"].map(|name| {
+            let socket = unix(&at(name), 0o666, BACKLOG, &bob).unwrap();
+            let meta = std::fs::metadata(at(name)).unwrap();
+            assert_eq!((meta.uid(), meta.gid(), meta.mode() & 0o666), (54_321, 54_321, 0o666));
+            assert_eq!(local_path(socket.as_fd()).unwrap(), at(name), "as it was asked for");
+            let socket_itself = nix::sys::stat::fstat(&socket).unwrap();
+            assert_eq!((socket_itself.st_uid, socket_itself.st_gid), (54_321, 54_321));
+            std::os::unix::net::UnixStream::connect(at(name)).unwrap();
+            socket
+        });
+        let third = unix(&at("bobs/third"), 0, BACKLOG, &bob).unwrap();
+        // The way leads to root's directory meanwhile, where the same names are.
+        std::fs::rename(at("bobs/d"), at("bobs/old")).unwrap();
+        std::os::unix::fs::symlink(at("roots"), at("bobs/d")).unwrap();
+        std::os::unix::fs::lchown(at("bobs/d"), Some(54_321), None).unwrap();
+        std::fs::write(at("roots/file"), "root's").unwrap();
+        let _roots = unix(&at("roots/socket"), 0, BACKLOG, &Guise::Own).unwrap();
+        for socket in [&first, &second] {
+            unbind(socket.as_fd()).unwrap_err();
+        }
+        assert!(at("roots/file").try_exists().unwrap() && at("roots/socket").try_exists().unwrap());
+        // One that root made there, as earlier versions did, is no way around that.
+        let by_root = unix(&at("bobs/old/by-root"), 0, BACKLOG, &Guise::Own).unwrap();
+        assert!(remove_socket(&at("bobs/d/socket"), &Guise::Own).is_err());
+        assert!(at("roots/socket").try_exists().unwrap());
+        unbind(by_root.as_fd()).unwrap();
+        unbind(third.as_fd()).unwrap();
+        assert!(!at("bobs/third").try_exists().unwrap() && !at("bobs/old/by-root").try_exists().unwrap());
+    }
+
+    #[test]
+    fn a_mode_is_changed_of_a_users_own_socket_only_whatever_lies_on_its_path_by_then() {
+        let Some((home, bob)) = two_users() else { return };
+        let at = |name: &str| home.path().join(name);
+        let _roots = unix(&at("roots/socket"), 0, BACKLOG, &Guise::Own).unwrap();
+        std::fs::write(at("roots/shadow"), "root's").unwrap();
+        std::fs::set_permissions(at("roots/shadow"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        // What is found between bind and the change.
+        std::os::unix::fs::symlink(at("roots/shadow"), at("bobs/link")).unwrap();
+        std::os::unix::fs::symlink(at("roots"), at("bobs/dir")).unwrap();
+        for link in ["bobs/link", "bobs/dir"] {
+            std::os::unix::fs::lchown(at(link), Some(54_321), None).unwrap();
+        }
+        let modes =
+            || ["roots/shadow", "roots/socket"].map(|name| std::fs::metadata(at(name)).unwrap().mode());
+        let before = modes();
+        for path in ["bobs/link", "bobs/dir/shadow", "bobs/dir/socket"] {
+            for guise in [&bob, &Guise::Own] {
+                assert!(guise.run(|| widen(&at(path), 0o666, guise)).is_err(), "{path} {guise:?}");
+            }
+        }
+        assert_eq!(modes(), before);
     }
 
     #[test]

@@ -8,6 +8,7 @@ pub mod cpus;
 pub mod exec;
 pub mod fdpass;
 pub mod guarded;
+pub mod guise;
 pub mod helper;
 pub mod holder;
 pub mod inherited;

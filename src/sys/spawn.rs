@@ -3,7 +3,8 @@
 //! Never waits for the program: whether exec succeeded is read later from [`Started::report`]. Between fork and exec
 //! the child makes only these calls, all async-signal-safe, on memory that was laid out before the fork: sigaction,
 //! setsid, open, fcntl, dup2, close_range, write, close, setpriority, ioprio_set, sched_setaffinity, setrlimit, umask,
-//! setgroups, setresgid, setresuid, capget, capset, prctl, chdir, getpid, sigprocmask, execve or execveat, _exit.
+//! setgroups, setresgid, setresuid, getresuid, getresgid, capget, capset, prctl, chdir, getpid, sigprocmask, execve or
+//! execveat, _exit.
 
 mod confine;
 
@@ -19,6 +20,7 @@ use nix::unistd::pipe2;
 
 pub use self::confine::Confinement;
 use self::confine::CpuSet;
+pub(super) use self::confine::drop_capabilities;
 use super::limits::Limit;
 
 /// Which executable to run.
@@ -495,7 +497,13 @@ fn write_file(stage: Stage, path: &CStr, value: &[u8]) -> Result<(), Failure> {
 
 /// Groups before group before user: afterwards the right to change them is gone. The bare system calls, because the C
 /// library's wrappers would signal threads that do not exist on this side of the fork.
+///
+/// The number -1 means "no change" to the kernel: with it the program would run as root. So it is refused, and who we are
+/// is looked at afterwards.
 fn change_user(to: &Credentials) -> Result<(), Failure> {
+    if to.uid == u32::MAX || to.gid == u32::MAX {
+        return Err(Failure { stage: Stage::Credentials, errno: libc::EINVAL });
+    }
     // SAFETY: the kernel reads `len` group ids of 32 bits each.
     let rc = unsafe { libc::syscall(libc::SYS_setgroups, to.groups.len(), to.groups.as_ptr()) };
     check(Stage::Credentials, if rc < 0 { -1 } else { 0 })?;
@@ -504,7 +512,22 @@ fn change_user(to: &Credentials) -> Result<(), Failure> {
     check(Stage::Credentials, if rc < 0 { -1 } else { 0 })?;
     // SAFETY: integers only.
     let rc = unsafe { libc::syscall(libc::SYS_setresuid, to.uid, to.uid, to.uid) };
-    check(Stage::Credentials, if rc < 0 { -1 } else { 0 }).map(drop)
+    check(Stage::Credentials, if rc < 0 { -1 } else { 0 })?;
+    if three_ids(libc::SYS_getresuid)? == [to.uid; 3] && three_ids(libc::SYS_getresgid)? == [to.gid; 3] {
+        Ok(())
+    } else {
+        Err(Failure { stage: Stage::Credentials, errno: libc::EPERM })
+    }
+}
+
+/// Real, effective and saved.
+fn three_ids(call: i64) -> Result<[u32; 3], Failure> {
+    let mut ids = [0; 3];
+    let [real, effective, saved] = ids.each_mut().map(std::ptr::from_mut::<u32>);
+    // SAFETY: getresuid and getresgid write three numbers of 32 bits.
+    let rc = unsafe { libc::syscall(call, real, effective, saved) };
+    check(Stage::Credentials, if rc < 0 { -1 } else { 0 })?;
+    Ok(ids)
 }
 
 /// Writes our pid in decimal behind `LISTEN_PID=`; the zeroes behind it end the string.
@@ -619,6 +642,26 @@ mod tests {
         for (change, stage, errno) in cases {
             assert_eq!(run(change).unwrap_err(), Failure { stage, errno });
         }
+    }
+
+    #[test]
+    fn the_number_that_means_no_change_to_the_kernel_does_not_run_as_root() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        for (uid, gid) in [(u32::MAX, 7), (7, u32::MAX)] {
+            let credentials = Box::leak(Box::new(Credentials { uid, gid, groups: vec![7] }));
+            let failure = run(|program| program.credentials = Some(credentials)).unwrap_err();
+            assert_eq!(failure, Failure { stage: Stage::Credentials, errno: libc::EINVAL }, "{uid} {gid}");
+        }
+        let new = Credentials { uid: 54_321, gid: 54_322, groups: vec![54_323] };
+        let new = Box::leak(Box::new(new));
+        let (text, _) = run(|program| {
+            program.args = &[c"sh", c"-c", c"id -u; id -g; id -G"];
+            program.credentials = Some(new);
+        })
+        .unwrap();
+        assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["54321", "54322", "54322", "54323"]);
     }
 
     #[test]

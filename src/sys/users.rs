@@ -43,6 +43,11 @@ pub enum AccountError {
     /// A number without an entry has no group.
     #[error("uid {0} has no entry in the user database, so its group is not known; set `group` too")]
     NumberNeedsGroup(u32),
+    /// The kernel takes it for "no change": the program would run as root.
+    #[error(
+        "4294967295 is no user or group: the kernel reads it as \"no change\", which would be root; take another number"
+    )]
+    NoId,
     /// The database does not answer.
     #[error("cannot look up `{name}`: {source}")]
     Lookup {
@@ -82,6 +87,10 @@ pub fn account(user: Option<&str>, group: Option<&str>) -> Result<Account, Accou
         },
         None => found.as_ref().map(|entry| entry.gid).ok_or(AccountError::NumberNeedsGroup(uid.as_raw()))?,
     };
+    // From a number, or from an entry with such a number.
+    if [uid.as_raw(), gid.as_raw()].contains(&u32::MAX) {
+        return Err(AccountError::NoId);
+    }
     let mut groups = vec![gid.as_raw()];
     if let Some(entry) = &found
         && let Ok(name) = CString::new(entry.name.as_str())
@@ -91,6 +100,15 @@ pub fn account(user: Option<&str>, group: Option<&str>) -> Result<Account, Accou
     }
     let entry = found.map(|entry| Entry { name: entry.name, home: entry.dir, shell: entry.shell });
     Ok(Account { credentials: Credentials { uid: uid.as_raw(), gid: gid.as_raw(), groups }, entry })
+}
+
+/// The groups of a user with this primary group, as far as they can be looked up.
+#[must_use]
+pub fn groups_of(uid: u32, gid: u32) -> Vec<u32> {
+    let entry = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+    let name = entry.and_then(|entry| CString::new(entry.name).ok());
+    let listed = name.and_then(|name| getgrouplist(&name, Gid::from_raw(gid)).ok());
+    listed.map_or_else(|| vec![gid], |listed| listed.into_iter().map(Gid::as_raw).collect())
 }
 
 /// Whether this process may start others as anybody.
@@ -136,5 +154,13 @@ mod tests {
         let odd = account(Some("4000000000"), Some("7")).unwrap();
         assert_eq!(odd.credentials, Credentials { uid: 4_000_000_000, gid: 7, groups: vec![7] });
         assert_eq!(odd.entry, None);
+        for (user, group) in [
+            (Some("4294967295"), Some("7")),
+            (Some("+4294967295"), Some("7")),
+            (Some("7"), Some("4294967295")),
+            (None, Some("4294967295")),
+        ] {
+            assert!(matches!(account(user, group), Err(AccountError::NoId)), "{user:?} {group:?}");
+        }
     }
 }

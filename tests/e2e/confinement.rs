@@ -1,7 +1,9 @@
 //! Who an app's processes are and what they may use. Most of it needs root, as the daemon then does.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -127,6 +129,122 @@ fn pain_27_log_files_belong_to_the_apps_user_and_no_link_of_that_user_is_followe
     home.start(&app("out_file = 'theirs/logs/good.log'"));
     home.file_with("theirs/logs/good.log", "line");
     assert_eq!(owner(&theirs.join("logs/good.log")).unwrap().0, user.uid.as_raw());
+}
+
+/// A directory below the working directory, and whose it is.
+fn directory(home: &Home, name: &str, owner: &User) -> std::path::PathBuf {
+    let dir = home.work().join(name);
+    fs::create_dir_all(&dir).unwrap();
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+    chown(&dir, Some(owner.uid.as_raw()), Some(owner.gid.as_raw())).unwrap();
+    dir
+}
+
+fn daemon_says(home: &Home, wanted: &str) {
+    wait_until(&format!("the daemon says {wanted:?}"), SOON, || {
+        let log = fs::read_to_string(home.path().join("pm.log")).unwrap();
+        if log.contains(wanted) { Ok(()) } else { Err(log) }
+    });
+}
+
+#[test]
+fn pain_27_a_file_of_roots_that_a_user_moves_to_the_name_of_a_log_stays_roots_and_gets_no_line() {
+    let Some(home) = of_root() else { return };
+    let nobody = User::from_name("nobody").unwrap().unwrap();
+    let logs = directory(&home, "logs", &nobody);
+    home.write("app.sh", "while :; do echo line; sleep 0.05; done\n");
+    home.start("[[apps]]\nname = 'job'\nscript = 'app.sh'\nuser = 'nobody'\nout_file = 'logs/out.log'\n");
+    home.file_with("logs/out.log", "line");
+    let secret = home.write("logs/.viminfo", "root's\n");
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let log = logs.join("out.log");
+    fs::rename(&secret, &log).unwrap();
+    let advice = format!("chown {}:{}", nobody.uid, nobody.gid);
+    daemon_says(&home, &advice);
+    assert_eq!(fs::metadata(&log).unwrap().uid(), 0);
+    assert_eq!(fs::read_to_string(&log).unwrap(), "root's\n");
+    // As the daemon says.
+    chown(&log, Some(nobody.uid.as_raw()), Some(nobody.gid.as_raw())).unwrap();
+    home.file_with("logs/out.log", "\nline\n");
+}
+
+#[test]
+fn pain_27_unix_sockets_are_made_and_removed_only_where_the_apps_user_may() {
+    let Some(home) = of_root() else { return };
+    let (root, nobody) =
+        (User::from_name("root").unwrap().unwrap(), User::from_name("nobody").unwrap().unwrap());
+    let (theirs, roots) = (directory(&home, "theirs", &nobody), directory(&home, "roots", &root));
+    let victims = ["closed", "left"];
+    for victim in victims {
+        fs::write(roots.join(victim), "root's\n").unwrap();
+        directory(&home, &format!("theirs/{victim}"), &nobody);
+    }
+    // What a worker asks for, the daemon binds. While it listens, the way there becomes another one.
+    home.write(
+        "app.js",
+        "const net = require('net'), fs = require('fs');\n\
+         const listen = (path, then) => {\n\
+           const server = net.createServer((c) => c.end('served'));\n\
+           server.on('error', (error) => console.log('refused', path, error.code));\n\
+           server.listen({ path, readableAll: true, writableAll: true }, () => then(server));\n\
+         };\n\
+         listen('theirs/good.sock', (server) => console.log('good', server.address()));\n\
+         listen('roots/bad.sock', () => console.log('bad'));\n\
+         for (const name of ['closed', 'left']) listen(`theirs/${name}/${name}`, (server) => {\n\
+           fs.renameSync(`theirs/${name}`, `theirs/old-${name}`);\n\
+           fs.symlinkSync('../roots', `theirs/${name}`);\n\
+           console.log('led elsewhere', name);\n\
+           if (name === 'closed') server.close();\n\
+         });\n\
+         setInterval(() => {}, 1000);\n",
+    );
+    home.start(
+        "[[apps]]\nname = 'web'\nscript = 'app.js'\nexec_mode = 'cluster'\ninstances = 1\nuser = 'nobody'\n\
+         [[apps]]\nname = 'heir'\nscript = 'sleep'\nargs = ['1000']\nuser = 'nobody'\n\
+         listen = ['unix:theirs/heir.sock', 'unix:roots/heir.sock']\n",
+    );
+    let good = theirs.join("good.sock");
+    for line in ["refused roots/bad.sock EACCES", "led elsewhere closed", "led elsewhere left"] {
+        home.log_with("web-out-0.log", line);
+    }
+    home.log_with("web-out-0.log", "good theirs/good.sock");
+    let meta = fs::metadata(&good).unwrap();
+    assert_eq!(
+        (meta.uid(), meta.gid(), meta.mode() & 0o666),
+        (nobody.uid.as_raw(), nobody.gid.as_raw(), 0o666)
+    );
+    let mut answer = String::new();
+    UnixStream::connect(&good).unwrap().read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "served");
+    // Configured ones too; the operator may choose a place that is root's alone.
+    for (dir, owner) in [(&theirs, &nobody), (&roots, &root)] {
+        assert_eq!(fs::metadata(dir.join("heir.sock")).unwrap().uid(), owner.uid.as_raw());
+    }
+    let removes = |victim: &str| {
+        daemon_says(&home, &format!("theirs/{victim}/{victim}"));
+    };
+    removes("closed");
+    // The next supervisor closes what it has not bound.
+    process::end(home.supervisor());
+    home.ok(&["delete", "all"]);
+    removes("left");
+    for victim in victims {
+        assert_eq!(fs::read_to_string(roots.join(victim)).unwrap(), "root's\n");
+    }
+    for gone in [good, theirs.join("heir.sock"), roots.join("heir.sock"), roots.join("bad.sock")] {
+        assert!(!gone.try_exists().unwrap(), "{}", gone.display());
+    }
+}
+
+#[test]
+fn pain_27_the_number_that_is_nobodys_starts_nothing_as_root() {
+    let Some(home) = of_root() else { return };
+    for [uid, gid] in [["4294967295", "7"], ["7", "4294967295"], ["+4294967295", "7"]] {
+        let run = home.pm(&["start", "sleep", "--name", "job", "--uid", uid, "--gid", gid, "--", "1000"]);
+        assert!(run.code != 0, "{run:#?}");
+        run.says("4294967295");
+        assert!(home.rows().iter().all(|row| row.status != "online"), "{:?}", home.rows());
+    }
 }
 
 #[test]

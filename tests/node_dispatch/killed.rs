@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use pm::dispatch::{self, Adopted, ChannelKind, Command, DispatchEvent, NewInstance, Part};
 use pm::sys::fdpass;
+use pm::sys::guise::Guise;
 
 use super::world::{PATIENCE, World, instance};
 
@@ -78,6 +79,7 @@ fn helper_of_the_kills_below() {
         channel,
         kind: ChannelKind::Plain,
         agent: None,
+        guise: Guise::Own,
         adopted: Some(Adopted { ready: true, open: Vec::new(), inbox, lines }),
     })));
     handle.send(Command::Adopted);

@@ -18,6 +18,7 @@ use pm::dispatch::{
 };
 use pm::model::id::{AppName, Generation, InstanceId, Slot};
 use pm::model::spec::Balance;
+use pm::sys::guise::Guise;
 use pm::sys::{listen, scm};
 use serde_json::Value;
 
@@ -76,6 +77,8 @@ pub(crate) struct World {
     pub(crate) channels: BTreeMap<InstanceId, OwnedFd>,
     /// Likewise of where unanswered connections lie.
     pub(crate) shelf: [OwnedFd; 2],
+    /// Of all instances that are added from now on.
+    pub(crate) guise: Guise,
 }
 
 impl World {
@@ -85,7 +88,7 @@ impl World {
         let [put, take] = [&shelf[0], &shelf[1]].map(|end| end.try_clone().unwrap());
         handle.send(Command::UseShelf { put, take });
         let (children, channels) = (Vec::new(), BTreeMap::new());
-        Self { handle, log, stuck, node: node.to_owned(), children, channels, shelf }
+        Self { handle, log, stuck, node: node.to_owned(), children, channels, shelf, guise: Guise::Own }
     }
 
     /// Spawns an app on a new channel, without telling the dispatch thread. An inherited listener is descriptor 4.
@@ -129,6 +132,7 @@ impl World {
             channel,
             kind,
             agent: agent.then(Greeting::default),
+            guise: self.guise.clone(),
             adopted: None,
         };
         self.handle.send(Command::AddInstance(Box::new(new)));
@@ -139,8 +143,14 @@ impl World {
     pub(crate) fn spawn_inheriting(&mut self, id: &InstanceId, listener: &OwnedFd, args: &[&str]) -> usize {
         let channel = self.spawn_process(id, false, true, Some(listener), args);
         let kind = ChannelKind::Plain;
-        let new =
-            NewInstance { id: id.clone(), channel, kind, agent: Some(Greeting::default()), adopted: None };
+        let new = NewInstance {
+            id: id.clone(),
+            channel,
+            kind,
+            agent: Some(Greeting::default()),
+            guise: self.guise.clone(),
+            adopted: None,
+        };
         self.handle.send(Command::AddInstance(Box::new(new)));
         self.wait("ready", |log| log.ready.contains(id).then_some(()));
         self.children.len() - 1
@@ -211,6 +221,7 @@ impl World {
                 channel: self.channels[id].try_clone().unwrap(),
                 kind: kind(id),
                 agent: None,
+                guise: self.guise.clone(),
                 adopted: Some(Adopted { ready, open, inbox, lines }),
             })));
         }

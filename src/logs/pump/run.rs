@@ -263,12 +263,12 @@ impl Pump {
 
     /// The writer of a target, which has one stream more from now on. `None` discards.
     fn writer_of(&mut self, target: Target, origin: Origin, now: Now) -> Option<u64> {
-        let Target::File { path, owner } = target else { return None };
+        let Target::File { path, heir } = target else { return None };
         let known = self.writers.iter().find(|(_, known)| known.path.as_os_str() == path.as_os_str());
         let number = known.map(|(&number, _)| number).unwrap_or_else(|| {
             let number = self.next_writer;
             self.next_writer += 1;
-            let writer = Writer::new(path.clone(), owner, now.instant);
+            let writer = Writer::new(path.clone(), heir, now.instant);
             self.writers.insert(number, SharedWriter { writer, path, streams: 0 });
             number
         });

@@ -27,6 +27,7 @@ use crate::model::spec::{AppSpec, Runtime, Stdin};
 use crate::policy::vocabulary::Retry;
 use crate::store::state::Shell;
 use crate::sys::cgroup::group::Group;
+use crate::sys::guise::Guise;
 use crate::sys::{pipe, users};
 
 /// Why a run did not start.
@@ -127,7 +128,7 @@ impl World {
         }
         let from = launch::started_from(spec, &launch);
         let env = launch.env.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-        self.open_listeners(spec, id.slot)?;
+        self.open_listeners(spec, &rights.guise(), id.slot)?;
         let mut ends = self.ends(spec, id.slot)?;
         let notify_path = notify
             .as_ref()
@@ -165,8 +166,8 @@ impl World {
         Ok(from)
     }
 
-    fn open_listeners(&mut self, spec: &AppSpec, slot: Slot) -> Result<(), NotStarted> {
-        let opened = self.listeners.open(spec, slot).map_err(|error| NotStarted::missing(&error))?;
+    fn open_listeners(&mut self, spec: &AppSpec, guise: &Guise, slot: Slot) -> Result<(), NotStarted> {
+        let opened = self.listeners.open(spec, guise, slot).map_err(|error| NotStarted::missing(&error))?;
         if spec.inherits_slots() && !opened.is_empty() {
             // A group that grows keeps its program; one that has just begun has none.
             self.listeners.steer(&spec.name, &self.steering);
@@ -311,6 +312,7 @@ impl World {
                 channel,
                 kind,
                 agent: spec.has_agent().then_some(Greeting { websockets: spec.stop.drain_websockets }),
+                guise: rights::guise_of(&spec.process),
                 adopted: parts.adopted,
             };
             self.dispatch.send(Command::AddInstance(Box::new(new)));
@@ -319,14 +321,15 @@ impl World {
 
     /// Where the output of a run goes.
     pub(super) fn route(&self, id: &InstanceId, spec: &AppSpec, pm_id: PmId) -> Route {
-        let paths = log_paths(&self.home.logs_dir(), &spec.name, &spec.logs, is_merged(spec), pm_id);
+        let logs_dir = self.home.logs_dir();
+        let paths = log_paths(&logs_dir, &spec.name, &spec.logs, is_merged(spec), pm_id);
         // Who could not be found was not started either; an adopted one whose user is gone keeps its files.
         let owner =
             rights::account_of(&spec.process).ok().flatten().map(|account| owner_of(&account.credentials));
         Route {
             id: id.clone(),
-            out: Target::file(paths.out, owner),
-            err: Target::file(paths.err, owner),
+            out: Target::file(paths.out, owner).in_home(&logs_dir),
+            err: Target::file(paths.err, owner).in_home(&logs_dir),
             stamp: spec.logs.date_format.as_deref().and_then(Stamp::new),
             overflow: spec.logs.overflow,
         }

@@ -104,6 +104,18 @@ pub(super) fn restrict(to: &Confinement, new_user: bool) -> Result<(), Failure> 
     Ok(())
 }
 
+/// Takes every capability from the calling thread, for good.
+///
+/// # Errors
+/// As capset(2).
+pub(in crate::sys) fn drop_capabilities() -> nix::Result<()> {
+    let header = Header { version: VERSION_3, pid: 0 };
+    let none = [Word::default(); 2];
+    // SAFETY: the kernel reads the two words that version 3 has.
+    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, none.as_ptr()) };
+    if rc < 0 { Err(nix::errno::Errno::last()) } else { Ok(()) }
+}
+
 fn raise(mask: u64, new_user: bool) -> Result<(), Failure> {
     let header = Header { version: VERSION_3, pid: 0 };
     let mut words = [Word::default(); 2];
