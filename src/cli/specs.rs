@@ -18,7 +18,8 @@ use crate::config::{paths, units, words};
 use crate::ipc::protocol::Request;
 use crate::model::id::AppName;
 use crate::model::spec::{AppSpec, Balance, ExecMode};
-use crate::sys::{cpus, guarded};
+use crate::store::environment::TRUST_FILES;
+use crate::sys::{cpus, trust as trusting};
 
 /// What the command line says beside the target.
 #[derive(Clone, Debug, Default)]
@@ -285,11 +286,11 @@ impl Wishes {
 /// # Errors
 /// It is such a file; says how to make it another one.
 pub fn trust(path: &Path, verb: &str) -> Result<(), CliError> {
-    if env::var_os("PM_TRUST_FILES").is_some_and(|value| value == "1") {
+    if env::var_os(TRUST_FILES).is_some_and(|value| value == "1") {
         return Ok(());
     }
     // A file that is not there is complained about by whoever reads it.
-    match guarded::steered_by_everybody(path) {
+    match trusting::steered_by_everybody(path) {
         Ok(Some(why)) => Err(CliError::Usage {
             message: format!("cannot {verb} {}", path.display()),
             cause: Some(format!("{why}, and root would do what it says")),

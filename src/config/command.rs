@@ -2,9 +2,10 @@
 
 use crate::model::spelling;
 use std::ffi::OsStr;
+use std::fs::OpenOptions;
 use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use super::app::AppConfig;
@@ -321,7 +322,12 @@ fn by_file(
 /// The words of a `#!` line; `None` for a file without one.
 fn shebang(file: &Path) -> Option<Vec<String>> {
     let mut head = Vec::new();
-    std::fs::File::open(file).ok()?.take(SHEBANG_MAX).read_to_end(&mut head).ok()?;
+    // A FIFO would wait for its writer.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(file).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    file.take(SHEBANG_MAX).read_to_end(&mut head).ok()?;
     let line = head.strip_prefix(b"#!")?.split(|&b| b == b'\n').next()?;
     Some(String::from_utf8_lossy(line).split_whitespace().map(str::to_owned).collect())
 }

@@ -13,6 +13,7 @@ use nix::libc;
 
 use super::journal::Unfinished;
 use super::writer;
+use crate::sys::guarded;
 
 /// Writes what is missing.
 ///
@@ -27,7 +28,8 @@ pub(super) fn finish(write: &Unfinished) -> io::Result<()> {
         Some(path) => {
             let present = present(&path, write)?;
             if let Err(error) = append(&path, &write.bytes[present..]) {
-                let file = OpenOptions::new().write(true).open(&path)?;
+                let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW;
+                let file = OpenOptions::new().write(true).custom_flags(flags).open(&path)?;
                 if file.metadata()?.len() > write.size {
                     file.set_len(write.size)?;
                 }
@@ -54,7 +56,7 @@ fn find(path: &Path, identity: (u64, u64)) -> Option<PathBuf> {
 
 /// How many bytes of the write are in the file.
 fn present(path: &Path, write: &Unfinished) -> io::Result<usize> {
-    let file = File::open(path)?;
+    let file = guarded::open_regular(path)?;
     let size = file.metadata()?.len();
     let wanted = write.bytes.len();
     let grown = size.checked_sub(write.size).map(|grown| usize::try_from(grown).unwrap_or(usize::MAX));

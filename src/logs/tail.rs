@@ -20,6 +20,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 
 use super::recent::Stream;
 use crate::model::id::PmId;
+use crate::sys::guarded;
 
 /// How far back [`last_lines`] looks, in bytes.
 pub const LAST_LINES_MAX: u64 = 8 * 1024 * 1024;
@@ -422,18 +423,14 @@ impl Watcher {
 /// `None` when there is nothing, or nothing that has lines.
 fn open_regular(path: &Path) -> io::Result<Option<(File, fs::Metadata)>> {
     // Opening a FIFO would wait for its writer, and eat what belongs to its reader.
-    match fs::metadata(path) {
-        Ok(meta) if meta.is_file() => {}
-        Ok(_) => return Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    }
-    match File::open(path) {
+    match guarded::open_regular(path) {
         Ok(file) => {
             let meta = file.metadata()?;
             Ok(Some((file, meta)))
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidInput) => {
+            Ok(None)
+        }
         Err(error) => Err(error),
     }
 }

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::sys::guarded;
+use crate::sys::trust::{self, OpenError, Steered};
 
 /// The largest file that is read, in bytes: the kernel takes no larger environment.
 pub const FILE_MAX: u64 = 4 << 20;
@@ -41,6 +42,17 @@ pub enum ReadError {
         /// What the kernel says.
         source: io::Error,
     },
+    /// Root does not take from it what everybody may put there.
+    #[error(
+        "root does not read env file {path:?}: {steered}; make it root's, `chown root` and `chmod o-w`, in a directory of root's, \
+         or give PM_TRUST_FILES=1 to the daemon or, with `--update-env`, to the app's next start where that is no danger"
+    )]
+    Steered {
+        /// The file.
+        path: PathBuf,
+        /// Who may.
+        steered: Steered,
+    },
     /// It has more than [`FILE_MAX`] bytes.
     #[error("env file {path:?} is larger than {} MiB", FILE_MAX >> 20)]
     TooLarge {
@@ -55,15 +67,30 @@ pub enum ReadError {
     },
 }
 
+/// Which files are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// By root, those only that nobody steers who should not ([`trust::steered_by_everybody`]).
+    Unsteered,
+    /// All: somebody has said that it is fine (PM_TRUST_FILES=1).
+    All,
+}
+
 /// Reads and parses a file.
 ///
 /// # Errors
 /// [`ReadError`] names the file. Lines that are no assignment are no error.
-pub fn read(path: &Path) -> Result<EnvFile, ReadError> {
+pub fn read(path: &Path, trust: Trust) -> Result<EnvFile, ReadError> {
     use std::io::Read as _;
     let failed = |source| ReadError::Read { path: path.to_owned(), source };
     // The driver reads it: a FIFO in its place must not hold everybody up.
-    let file = guarded::open_regular(path).map_err(failed)?;
+    let file = match trust {
+        Trust::All => guarded::open_regular(path).map_err(failed)?,
+        Trust::Unsteered => trust::open_unsteered(path).map_err(|error| match error {
+            OpenError::Io(source) => failed(source),
+            OpenError::Steered(steered) => ReadError::Steered { path: path.to_owned(), steered },
+        })?,
+    };
     let mut bytes = Vec::new();
     file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > FILE_MAX {
@@ -213,13 +240,13 @@ mod tests {
     fn unreadable_files_are_errors_with_the_path() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("missing.env");
-        assert!(matches!(read(&missing), Err(ReadError::Read { path, .. }) if path == missing));
+        assert!(matches!(read(&missing, Trust::All), Err(ReadError::Read { path, .. }) if path == missing));
         let binary = dir.path().join("binary.env");
         std::fs::write(&binary, b"A=\xff\n").unwrap();
-        assert!(matches!(read(&binary), Err(ReadError::NotUtf8 { .. })));
+        assert!(matches!(read(&binary, Trust::All), Err(ReadError::NotUtf8 { .. })));
         let good = dir.path().join("good.env");
         std::fs::write(&good, "A=1\n").unwrap();
-        assert_eq!(read(&good).unwrap().variables, [("A".to_owned(), "1".to_owned())]);
+        assert_eq!(read(&good, Trust::All).unwrap().variables, [("A".to_owned(), "1".to_owned())]);
     }
 
     proptest::proptest! {

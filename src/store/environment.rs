@@ -29,6 +29,10 @@ const SCRUBBED: [&str; 9] = [
 /// … and by the beginning of the name.
 const SCRUBBED_PREFIXES: [&str; 4] = ["LISTEN_", "WATCHDOG_", "npm_", "PM_"];
 
+/// Is 1 where root's files may lie where everybody may write. Kept with the shell, which apps are started from again; it
+/// reaches no app.
+pub const TRUST_FILES: &str = "PM_TRUST_FILES";
+
 /// Whether a variable of the caller's shell must not reach an app.
 #[must_use]
 pub fn is_scrubbed(name: &str) -> bool {
@@ -41,7 +45,7 @@ pub fn is_scrubbed(name: &str) -> bool {
 pub fn shell_snapshot(vars: impl IntoIterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     vars.into_iter()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .filter(|(name, _)| !is_scrubbed(name))
+        .filter(|(name, _)| !is_scrubbed(name) || name == TRUST_FILES)
         .collect()
 }
 

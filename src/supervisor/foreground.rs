@@ -29,7 +29,7 @@ use crate::policy::news::{News, What};
 use crate::policy::vocabulary::{AppOutcome, Outcome, StepKind};
 use crate::store::paths::Home;
 use crate::sys::child::WaitStatus;
-use crate::sys::helper::{Ended, Helper, Question};
+use crate::sys::helper::{Bounds, Ended, Helper, Question};
 
 /// Where the first requests are counted.
 pub(super) const FIRST_OP: OpId = OpId(1);
@@ -264,7 +264,7 @@ impl Front {
             .collect::<io::Result<_>>()?;
         let cwd = text(self.settings.cwd.clone().into_os_string().into_vec())?;
         // This very build, whatever lies under its name by now.
-        Ok(Question { program: c"/proc/self/exe".to_owned(), args, env, cwd, credentials: None })
+        Ok(Question { program: c"/proc/self/exe".to_owned(), args, env, cwd, bounds: Bounds::default() })
     }
 }
 

@@ -15,8 +15,8 @@ use super::rights::{self, RightsError};
 use crate::model::id::{Generation, InstanceId, PmId, Slot};
 use crate::model::saved::{StartedFile, StartedFrom};
 use crate::model::spec::{AppSpec, ListenSpec};
-use crate::store::env_file;
-use crate::store::environment::{self, OwnVariables};
+use crate::store::env_file::{self, Trust};
+use crate::store::environment::{self, OwnVariables, TRUST_FILES};
 use crate::sys::users::Account;
 
 /// The first descriptor after stdin, stdout and stderr (`SD_LISTEN_FDS_START`).
@@ -266,15 +266,24 @@ pub enum ChangedSince {
     Gone(PathBuf),
 }
 
+/// Whoever started the app, or the daemon, may have said that its files are fine wherever they lie.
+fn trust(shell: &BTreeMap<String, String>) -> Trust {
+    let says = |value: &OsStr| value == "1";
+    let is_fine = shell.get(TRUST_FILES).is_some_and(|value| says(value.as_ref()))
+        || std::env::var_os(TRUST_FILES).is_some_and(|value| says(&value));
+    if is_fine { Trust::All } else { Trust::Unsteered }
+}
+
 fn environment_of(
     spec: &AppSpec,
     shell: &BTreeMap<String, String>,
     role: &Role<'_>,
 ) -> Result<Vec<(String, String)>, LaunchError> {
     let mut files = Vec::new();
+    let trust = trust(shell);
     for path in &spec.env.files {
         let path = spec.cwd.join(path);
-        match env_file::read(&path) {
+        match env_file::read(&path, trust) {
             Ok(file) => {
                 for line in &file.skipped {
                     tracing::warn!(path = %path.display(), line = line.number, reason = line.reason, "env file line skipped");

@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 
 use super::driver::Input;
 use super::launch;
-use super::rights;
+use super::rights::Rights;
 use super::variables::Variables;
 use crate::model::address::{self, Place};
 use crate::model::id::InstanceId;
@@ -30,7 +30,8 @@ use crate::model::process::ProcessRules;
 use crate::model::spec::{Check, Probe};
 use crate::policy::vocabulary::{ProbeResult, ProbeRole};
 use crate::sys::clock;
-use crate::sys::helper::{Ended, Helper, Question};
+use crate::sys::helper::{Bounds, Ended, Helper, Question};
+use crate::sys::limits::{self, Limit};
 
 /// How much of a body or of a program's output is kept, in bytes.
 pub const KEPT: usize = 200;
@@ -58,6 +59,10 @@ pub struct Subject {
     pub pid: Option<u32>,
     /// What it may.
     pub process: ProcessRules,
+    /// The control group that it is in.
+    pub group: Option<PathBuf>,
+    /// The limit on open files that it was started with, but for its own rules.
+    pub open_files: Limit,
 }
 
 /// What an instance answered.
@@ -143,15 +148,14 @@ fn expanded(subject: &Subject, text: &str) -> Result<String, String> {
     address::expand(text, variable).map_err(|name| format!("the instance has no variable {name}"))
 }
 
+/// What is said of an address is what the config has: a variable may be a secret.
 async fn http(subject: &Subject, text: &str, inputs: &UnboundedSender<Input>) -> Heard {
-    let address = match expanded(subject, text) {
-        Ok(text) => match address::http(&text) {
-            Ok(address) => (text, address),
-            Err(error) => return (format!("GET {text}"), Err(error.to_string())),
-        },
-        Err(error) => return (format!("GET {text}"), Err(error)),
+    let what = format!("GET {text}");
+    let read = |text: String| address::http(&text).map_err(|error| error.to_string());
+    let address = match expanded(subject, text).and_then(read) {
+        Ok(address) => address,
+        Err(error) => return (what, Err(error)),
     };
-    let (text, address) = address;
     let heard = within(subject.probe.timeout, async {
         match &address.place {
             Place::Tcp { host, port } => {
@@ -175,7 +179,7 @@ async fn http(subject: &Subject, text: &str, inputs: &UnboundedSender<Input>) ->
         }
     })
     .await;
-    (format!("GET {text}"), heard)
+    (what, heard)
 }
 
 /// A connection to the very process of this instance: its end goes over the IPC channel to the agent.
@@ -263,12 +267,9 @@ async fn get(
 }
 
 async fn tcp(subject: &Subject, text: &str) -> Heard {
-    let text = match expanded(subject, text) {
-        Ok(text) => text,
-        Err(error) => return (format!("tcp {text}"), Err(error)),
-    };
-    let heard = match address::tcp(&text) {
-        Err(error) => Err(error.to_string()),
+    let read = |text: String| address::tcp(&text).map_err(|error| error.to_string());
+    let heard = match expanded(subject, text).and_then(read) {
+        Err(error) => Err(error),
         Ok(place) => {
             within(subject.probe.timeout, async {
                 let connected = match &place {
@@ -333,9 +334,26 @@ fn question(subject: &Subject, argv: &[String]) -> Result<Question, String> {
         args: argv.iter().map(|word| text(word.clone().into_bytes())).collect::<Result<_, _>>()?,
         env,
         cwd: text(subject.cwd.clone().into_os_string().into_encoded_bytes())?,
-        credentials: rights::account_of(&subject.process)
-            .map_err(|error| error.to_string())?
-            .map(|account| account.credentials),
+        bounds: bounds(subject)?,
+    })
+}
+
+/// A program that asks may no more than the instance that it asks, and is accounted to it.
+fn bounds(subject: &Subject) -> Result<Bounds, String> {
+    let rights = Rights::of(&subject.process).map_err(|error| error.to_string())?;
+    let mut limits = vec![subject.open_files];
+    limits.extend(rights.limits);
+    let cgroup = subject.group.clone().map(|dir| CString::new(dir.into_os_string().into_encoded_bytes()));
+    // The supervisor is spared by the kernel; not so what it runs for an app. Only privilege lowers the score again.
+    let own = limits::oom_score_adj().unwrap_or(0);
+    let oom_score_adj = subject.pid.and_then(|pid| limits::oom_score_adj_of(pid).ok());
+    Ok(Bounds {
+        credentials: rights.credentials,
+        umask: rights.umask,
+        limits,
+        confinement: rights.confinement,
+        cgroup: cgroup.transpose().map_err(|_| "the control group has a zero byte".to_owned())?,
+        oom_score_adj: oom_score_adj.filter(|score| *score > own),
     })
 }
 

@@ -195,6 +195,7 @@ where
         blob,
         cgroup: cgroup_of_daemon(&mut warnings),
         keeper_version: hello.version,
+        open_files: hello.open_files,
         console: foreground
             .as_ref()
             .map(foreground::console)

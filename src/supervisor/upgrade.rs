@@ -26,7 +26,7 @@ use crate::model::id::OpId;
 use crate::policy::fleet::{Fleet, Settings};
 use crate::store::paths::Home;
 use crate::store::state::StateStore;
-use crate::sys::{clock, exec, memfd, pidfd};
+use crate::sys::{clock, exec, guarded, memfd, pidfd};
 
 /// The version of this program.
 pub const PM_VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -294,11 +294,10 @@ fn examine(path: &Path, subject: &Subject) -> Result<Candidate, Refused> {
             Some("`systemctl restart pm` replaces both, and the apps go on."),
         ));
     }
-    let file = File::open(path).map_err(|error| unfit(&error.to_string(), None))?;
-    let meta = file.metadata().map_err(|error| unfit(&error.to_string(), None))?;
-    if !meta.is_file() {
-        return Err(unfit("it is not a file", Some("Name the new `pm` program itself.")));
-    }
+    let file = guarded::open_regular(path).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput => unfit("it is not a file", Some("Name the new `pm` program itself.")),
+        _ => unfit(&error.to_string(), None),
+    })?;
     if !is_executable(path) {
         return Err(unfit("it is not executable", Some("chmod +x it, if it is the new `pm`.")));
     }

@@ -53,6 +53,7 @@ use crate::store::paths::Home;
 use crate::store::state::Shell;
 use crate::sys::cgroup::group::Group;
 use crate::sys::cgroup::root::Root as CgroupRoot;
+use crate::sys::limits::Limit;
 use crate::sys::procfs::ProcessId;
 use crate::sys::reuseport::Pick;
 use crate::sys::tree::Root;
@@ -169,6 +170,8 @@ pub struct World {
     /// The keeper has said that another one follows.
     successor_announced: bool,
     groups: Groups,
+    /// The limit on open files that instances are started with.
+    open_files: Limit,
     outside: Outside,
     run_dir: PathBuf,
     /// Our own output, where lines of apps go to it.
@@ -204,6 +207,8 @@ pub struct Tools {
     pub cgroup: Option<CgroupRoot>,
     /// The version that the keeper speaks.
     pub keeper_version: u16,
+    /// The limit on open files that it gives to instances.
+    pub open_files: Limit,
     /// Our own output, where lines of apps go to it.
     pub console: Option<Console>,
 }
@@ -237,6 +242,7 @@ impl World {
             blob,
             cgroup,
             keeper_version,
+            open_files,
             console,
         } = tools;
         Self {
@@ -275,6 +281,7 @@ impl World {
             hooks: HookProcesses::default(),
             successor_announced: false,
             groups: Groups::new(cgroup, keeper_version),
+            open_files,
             console,
         }
     }

@@ -1,11 +1,10 @@
-//! Files that somebody else must not steer: written for nobody else, read without being held up, and not taken from
-//! where everybody may write.
+//! Files that somebody else must not steer: written for nobody else, and read without being held up.
 
 use std::ffi::OsStr;
-use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
@@ -13,12 +12,7 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::geteuid;
 
-/// May be written by everybody.
-const WORLD_WRITABLE: u32 = 0o002;
-/// Likewise by its group.
-const GROUP_WRITABLE: u32 = 0o020;
-/// In such a directory only their owners may remove and rename files, as in /tmp.
-const STICKY: u32 = 0o1000;
+use super::trust::{SHARED, STICKY};
 
 /// Writes a file that only we may read, in place of what was there, whatever the umask; a symlink is refused.
 ///
@@ -30,48 +24,40 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     options.open(path)?.write_all(bytes)
 }
 
-/// Opens a regular file for reading. A FIFO, a terminal or a device would hold its reader up for ever.
+/// Opens a regular file for reading. A FIFO or a terminal would hold its reader up for ever, and a device may do what
+/// nobody asked for as soon as it is opened, so those are not even opened.
 ///
 /// # Errors
 /// As open(2); `InvalidInput` for anything else than a regular file.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
-    }
+    let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
+    reopen_regular(&found)
 }
 
-/// Why root should not do what a file says: everybody may change or replace it. `None` for other users, whom their files
-/// cannot make more powerful, and for what is no regular file.
+/// The same for what was found by O_PATH.
 ///
 /// # Errors
-/// As stat(2).
-pub fn steered_by_everybody(path: &Path) -> io::Result<Option<&'static str>> {
-    if !geteuid().is_root() {
-        return Ok(None);
+/// As [`open_regular`].
+pub fn reopen_regular(found: &impl AsFd) -> io::Result<File> {
+    let kind = SFlag::from_bits_truncate(fstat(found)?.st_mode) & SFlag::S_IFMT;
+    if kind != SFlag::S_IFREG {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
-    let file = std::fs::metadata(path)?;
-    if !file.is_file() {
-        return Ok(None);
-    }
-    // Where the file really lies, should the path end in a symlink.
-    let real = std::fs::canonicalize(path)?;
-    let directory = real.parent().map(std::fs::metadata).transpose()?;
-    Ok(steered(&file, directory.as_ref()))
+    let path = format!("/proc/self/fd/{}", found.as_fd().as_raw_fd());
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)
 }
 
-fn steered(file: &Metadata, directory: Option<&Metadata>) -> Option<&'static str> {
-    if file.mode() & WORLD_WRITABLE != 0 {
-        return Some("everybody may change it");
+/// The whole of a regular file of at most `max` bytes.
+///
+/// # Errors
+/// As [`open_regular`] and read(2); `FileTooLarge`.
+pub fn read_regular(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.take(max.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > max {
+        return Err(io::ErrorKind::FileTooLarge.into());
     }
-    let directory = directory.filter(|directory| directory.mode() & WORLD_WRITABLE != 0)?;
-    if directory.mode() & STICKY == 0 {
-        return Some("everybody may replace it in its directory");
-    }
-    (file.uid() != 0).then_some("another user has put it where everybody may write")
+    Ok(bytes)
 }
 
 /// A path that leads to its directory through a descriptor, so that nobody can change the way any more.
@@ -136,7 +122,7 @@ const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_
 
 /// By their owner's group or everybody. An access list shows in the group's bits.
 fn is_writable_for_others(meta: &FileStat) -> bool {
-    meta.st_mode & (WORLD_WRITABLE | GROUP_WRITABLE) != 0
+    meta.st_mode & SHARED != 0
 }
 
 /// What becomes of directories that are not there.
@@ -218,8 +204,7 @@ impl Walk {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{Permissions, set_permissions};
-    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+    use std::os::unix::fs::{MetadataExt as _, chown, symlink};
 
     use nix::unistd::mkfifo;
 
@@ -330,32 +315,9 @@ mod tests {
         for path in [fifo.as_path(), dir.path(), Path::new("/dev/zero")] {
             assert_eq!(open_regular(path).unwrap_err().kind(), io::ErrorKind::InvalidInput, "{path:?}");
         }
-    }
-
-    #[test]
-    fn root_sees_who_may_change_a_file() {
-        if !geteuid().is_root() {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("ecosystem.toml");
-        std::fs::write(&file, "").unwrap();
-        let says = |dir_mode: u32, file_mode: u32, owner: u32| {
-            set_permissions(dir.path(), Permissions::from_mode(dir_mode)).unwrap();
-            set_permissions(&file, Permissions::from_mode(file_mode)).unwrap();
-            chown(&file, Some(owner), None).unwrap();
-            steered_by_everybody(&file).unwrap()
-        };
-        assert_eq!(says(0o755, 0o644, 0), None);
-        assert_eq!(says(0o755, 0o664, 1000), None, "a deploy user's own directory is that user's affair");
-        assert_eq!(says(0o755, 0o646, 0), Some("everybody may change it"));
-        assert_eq!(says(0o777, 0o644, 0), Some("everybody may replace it in its directory"));
-        assert_eq!(says(0o1777, 0o644, 0), None);
-        let planted = Some("another user has put it where everybody may write");
-        assert_eq!(says(0o1777, 0o644, 1000), planted);
-        let link = tempfile::tempdir().unwrap();
-        symlink(&file, link.path().join("link.toml")).unwrap();
-        assert_eq!(steered_by_everybody(&link.path().join("link.toml")).unwrap(), planted);
-        assert_eq!(steered_by_everybody(Path::new("/dev/null")).unwrap(), None);
+        let file = dir.path().join("package.json");
+        std::fs::write(&file, "{}").unwrap();
+        assert_eq!(read_regular(&file, 2).unwrap(), b"{}");
+        assert_eq!(read_regular(&file, 1).unwrap_err().kind(), io::ErrorKind::FileTooLarge);
     }
 }

@@ -15,7 +15,8 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
 
 use super::child::{self, WaitStatus, Zombie};
-use super::spawn::{self, Confinement, Credentials, Failure, Outcome, Program, Report, Target};
+use super::limits::Limit;
+use super::spawn::{self, Confinement, Credentials, Failure, Outcome, Program, Report, Stage, Target};
 use super::{pidfd, watch};
 
 /// What to run.
@@ -29,8 +30,25 @@ pub struct Question {
     pub env: Vec<CString>,
     /// The working directory.
     pub cwd: CString,
+    /// Who it runs as, and what it may.
+    pub bounds: Bounds,
+}
+
+/// What a program may, and where its life is accounted; by default as ours.
+#[derive(Debug, Default)]
+pub struct Bounds {
     /// Who it runs as; like us when `None`.
     pub credentials: Option<Credentials>,
+    /// umask(2).
+    pub umask: Option<u32>,
+    /// Limits of each of its processes, set in this order.
+    pub limits: Vec<Limit>,
+    /// Its order and its rights.
+    pub confinement: Confinement,
+    /// The directory of the control group that it begins its life in.
+    pub cgroup: Option<CString>,
+    /// Its out-of-memory score adjustment.
+    pub oom_score_adj: Option<i32>,
 }
 
 /// A program that runs, or has ended and not been asked for its answer. Dropping it ends its whole session.
@@ -75,21 +93,31 @@ impl Helper {
         let null = std::fs::File::open("/dev/null")?;
         let args: Vec<_> = question.args.iter().map(CString::as_c_str).collect();
         let env: Vec<_> = question.env.iter().map(CString::as_c_str).collect();
-        let started = spawn::start(&Program {
+        let bounds = &question.bounds;
+        let fds = [null.as_fd(), writer.as_fd(), writer.as_fd()];
+        let mut program = Program {
             target: Target::Path(&question.program),
             args: &args,
             env: &env,
             listen_pid: false,
             cwd: Some(&question.cwd),
-            credentials: question.credentials.as_ref(),
-            umask: None,
-            confinement: &Confinement::NONE,
-            cgroup: None,
-            oom_score_adj: None,
-            limits: &[],
+            credentials: bounds.credentials.as_ref(),
+            umask: bounds.umask,
+            confinement: &bounds.confinement,
+            cgroup: bounds.cgroup.as_deref(),
+            oom_score_adj: bounds.oom_score_adj,
+            limits: &bounds.limits,
             die_with_us: true,
-            fds: &[null.as_fd(), writer.as_fd(), writer.as_fd()],
-        })
+            fds: &fds,
+        };
+        let started = match spawn::start(&program) {
+            // Who lives there has divided its group, and the kernel lets nobody in any more.
+            Err(Failure { stage: Stage::Cgroup, errno: libc::EBUSY }) => {
+                program.cgroup = None;
+                spawn::start(&program)
+            }
+            started => started,
+        }
         .map_err(HelperError::Start)?;
         let ended = pidfd::open(started.pid).and_then(|fd| watch::descriptor(fd, Interest::READABLE));
         let mut helper = Self { pid: started.pid, report: started.report, output, ended: None };
@@ -191,7 +219,7 @@ mod tests {
             args: ["sh", "-c", line].map(text).into(),
             env: vec![text("PATH=/usr/bin:/bin")],
             cwd: text("/"),
-            credentials: None,
+            bounds: Bounds::default(),
         }
     }
 

@@ -63,7 +63,19 @@ pub fn raise_open_files() -> io::Result<Limit> {
 /// # Errors
 /// See proc(5).
 pub fn oom_score_adj() -> io::Result<i32> {
-    let text = std::fs::read_to_string("/proc/self/oom_score_adj")?;
+    score("/proc/self/oom_score_adj")
+}
+
+/// The same of another process.
+///
+/// # Errors
+/// See proc(5).
+pub fn oom_score_adj_of(pid: u32) -> io::Result<i32> {
+    score(&format!("/proc/{pid}/oom_score_adj"))
+}
+
+fn score(file: &str) -> io::Result<i32> {
+    let text = std::fs::read_to_string(file)?;
     text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "oom_score_adj is no number"))
 }
 

@@ -30,5 +30,6 @@ pub mod scm;
 pub mod shared_memory;
 pub mod spawn;
 pub mod tree;
+pub mod trust;
 pub mod users;
 pub mod watch;

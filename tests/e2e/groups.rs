@@ -96,6 +96,53 @@ fn pain_22_stop_of_npm_run_start_sh_c_double_fork_and_setsid_leaves_no_process_a
 }
 
 #[test]
+fn exec_probes_have_the_limits_the_rights_and_the_control_group_of_their_instance() {
+    for home in both() {
+        let say = "{ umask; cut -d' ' -f19 /proc/$$/stat; cat /proc/$$/oom_score_adj /proc/$$/cgroup; ionice -p $$\n\
+                   grep -e 'Max open files' -e 'Max core' /proc/$$/limits; grep -e NoNewPrivs -e Cpus_allowed_list /proc/$$/status\n\
+                   echo end; } >$1.new\nmv $1.new $1\n";
+        // Asked again until the app has said everything: also how readily it may be killed, which it has changed.
+        home.write("ask.sh", &format!("[ -e \"${{1#asks-}}\" ] || exit 1\n{say}"));
+        home.write("app.sh", &format!("#!/bin/sh\necho 300 >/proc/$$/oom_score_adj\n{say}exec sleep 1000\n"));
+        // A daemon raises its own limit on open files, which is none of the apps'.
+        home.write(
+            "ecosystem.toml",
+            "[[apps]]\nname = 'bound'\nscript = 'app.sh'\nargs = ['bound']\nready = { exec = ['sh', 'ask.sh', 'asks-bound'] }\n\
+             nice = 7\nionice = 'best-effort:6'\ncpu_affinity = [0]\numask = '0027'\nno_new_privs = true\n\
+             limits = { nofile = '100:200', core = 0 }\n\
+             [[apps]]\nname = 'plain'\nscript = 'app.sh'\nargs = ['plain']\nready = { exec = ['sh', 'ask.sh', 'asks-plain'] }\n",
+        );
+        let start = home.command(&["start", "ecosystem.toml"]);
+        let mut limited = std::process::Command::new("sh");
+        limited
+            .args(["-c", "ulimit -Sn 1024 && exec \"$@\"", "sh"])
+            .arg(start.get_program())
+            .args(start.get_args());
+        limited.current_dir(home.work());
+        home.environment(&mut limited);
+        let started = run(limited, PATIENT);
+        assert_eq!(started.code, 0, "{started:#?}");
+        for (app, has) in [("bound", "0027\n7\n300\n"), ("plain", "")] {
+            let own = home.file_with(app, "end\n");
+            assert_eq!(
+                home.file_with(&format!("asks-{app}"), "end\n"),
+                own,
+                "{app}, groups: {:?}",
+                home.groups()
+            );
+            assert!(own.starts_with(has) && own.contains("Max open files"), "{app}: {own}");
+        }
+        assert!(home.read("plain").contains(" 1024 "), "{}", home.read("plain"));
+        let in_group = home.read("asks-bound").contains("/app-bound-0-");
+        assert_eq!(in_group, home.groups().is_some(), "{}", home.read("asks-bound"));
+        home.ok(&["stop", "all"]);
+        if let Some(groups) = home.groups() {
+            assert_eq!(below(groups), Vec::<PathBuf>::new());
+        }
+    }
+}
+
+#[test]
 fn pain_22_the_drain_signal_goes_to_the_main_process_first_and_then_the_tree_is_ended() {
     for home in both() {
         home.write(

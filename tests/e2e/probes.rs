@@ -81,10 +81,49 @@ fn pain_33_each_probe_hits_a_specific_worker_by_its_own_port_or_socket() {
         free_port(),
     ));
     let probe = |app: &str| home.rows_of(app)[0].pm("probe")["text"].as_str().unwrap().to_owned();
-    assert_eq!(probe("port"), format!("GET http://127.0.0.1:{port}/ready?x=1 → 200"));
+    assert_eq!(probe("port"), "GET http://127.0.0.1:{PORT}/ready?x=1 → 200", "as it is written");
     assert_eq!(home.rows_of("port")[1].pm("probe")["ok"], true);
-    assert!(probe("sock").ends_with("sock-0:/ready → 200"), "{}", probe("sock"));
+    assert!(probe("sock").ends_with("sock-{NODE_APP_INSTANCE}:/ready → 200"), "{}", probe("sock"));
     assert!(probe("tcp").ends_with(" → connected"), "{}", probe("tcp"));
+}
+
+#[test]
+fn the_address_of_a_probe_is_shown_as_it_is_written_because_a_variable_may_be_a_secret() {
+    const SECRET: &str = "hush-hush-7531";
+    let home = Home::new();
+    home.write(
+        "app.js",
+        "require('node:http').createServer((req, res) => {\n\
+         \x20 res.statusCode = req.url === '/h?key=hush-hush-7531' && process.env.WELL ? 200 : 503;\n\
+         \x20 res.end('x');\n}).listen(+process.env.PORT, '127.0.0.1');\n",
+    );
+    let app = |name: &str, more: &str, probe: &str| {
+        format!(
+            "[[apps]]\nname = '{name}'\nscript = 'app.js'\nexec_mode = 'fork'\nlisten_timeout = '2s'\nautorestart = false\n\
+             env = {{ PORT = '{}', KEY = '{SECRET}'{more} }}\nready = {{ {probe}, interval = '100ms' }}\n",
+            free_port()
+        )
+    };
+    let http = "http = 'http://127.0.0.1:{PORT}/h?key={KEY}'";
+    home.start(&app("well", ", WELL = '1'", http));
+    let said = home.row("well").pm("probe")["text"].clone();
+    assert_eq!(said, "GET http://127.0.0.1:{PORT}/h?key={KEY} → 200 'x'");
+    for (name, probe, shown) in [
+        ("ill", http, "GET http://127.0.0.1:{PORT}/h?key={KEY} → 503"),
+        ("none", "tcp = '127.0.0.1:{KEY}'", "tcp 127.0.0.1:{KEY} → expected"),
+    ] {
+        home.write("ill.toml", &app(name, "", probe));
+        home.exits(1, &["start", "ill.toml"]).says(shown).does_not_say(SECRET);
+    }
+    for command in [&["describe", "well"][..], &["describe", "ill"], &["jlist"], &["events"], &["list"]] {
+        home.ok(command).does_not_say(SECRET);
+    }
+    for file in ["pm.log", "events.jsonl"] {
+        let text = std::fs::read_to_string(home.path().join(file)).unwrap();
+        assert!(!text.contains(SECRET) && text.contains("well"), "{file}: {text}");
+    }
+    // The control.
+    home.ok(&["env", "well"]).says(SECRET);
 }
 
 #[test]

@@ -380,6 +380,131 @@ fn root_does_nothing_that_a_file_says_which_everybody_may_change() {
 }
 
 #[test]
+fn root_judges_every_directory_and_symlink_on_the_way_to_a_file() {
+    if !is_root() {
+        return;
+    }
+    let home = reachable();
+    home.ecosystem(SLEEPER);
+    let theirs = home.write("bobs/evil.toml", &SLEEPER.replace("job", "evil"));
+    for path in [home.work().join("bobs"), PathBuf::from(&theirs)] {
+        std::os::unix::fs::chown(path, Some(STRANGER), None).unwrap();
+    }
+    let mode = |name: &str, mode: u32| {
+        fs::set_permissions(home.work().join(name), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    home.write("open/app/ecosystem.toml", SLEEPER);
+    home.write("sticky/fine/ecosystem.toml", SLEEPER);
+    mode("open", 0o777);
+    mode("sticky", 0o1777);
+    let link = |target: &str, name: &str, owner: u32| {
+        let name = home.work().join(name);
+        std::os::unix::fs::symlink(target, &name).unwrap();
+        std::os::unix::fs::lchown(name, Some(owner), None).unwrap();
+    };
+    link(&theirs, "open/ecosystem.toml", STRANGER);
+    link(&home.work_file("ecosystem.toml"), "sticky/ecosystem.toml", STRANGER);
+    link("open/app", "to-open", 0);
+    for (file, why) in [
+        ("open/ecosystem.toml", "everybody may replace what is in"),
+        ("open/app/ecosystem.toml", "everybody may replace what is in"),
+        ("to-open/ecosystem.toml", "everybody may replace what is in"),
+        ("sticky/ecosystem.toml", "user 54321 has put"),
+    ] {
+        home.exits(2, &["start", file]).says(why).says(file);
+    }
+    assert!(!home.has_daemon());
+    // What was fine stays fine: root's own below a sticky directory, and a user's own directory.
+    home.ok(&["start", "sticky/fine/ecosystem.toml"]);
+    home.ok(&["start", "bobs/evil.toml"]);
+}
+
+#[test]
+fn root_looks_at_an_env_file_again_whenever_it_is_read() {
+    if !is_root() {
+        return;
+    }
+    let home = reachable();
+    let file = home.write("sticky/app.env", "GREETING=hello\n");
+    let sticky = home.work().join("sticky");
+    fs::set_permissions(&sticky, fs::Permissions::from_mode(0o1777)).unwrap();
+    home.start(&format!("{SLEEPER}env_file = 'sticky/app.env'\nrestart_delay = '200ms'\n"));
+    let pid = home.pid("job");
+    let greeting = |pid: i32| process::environ(pid).get("GREETING").cloned();
+    assert_eq!(greeting(pid).as_deref(), Some("hello"));
+    // It goes, as files in /tmp do, and somebody else puts another one there.
+    fs::remove_file(&file).unwrap();
+    home.write("sticky/app.env", "GREETING=evil\nLD_PRELOAD=/tmp/evil.so\n");
+    std::os::unix::fs::chown(&file, Some(STRANGER), None).unwrap();
+    for command in ["restart", "reload"] {
+        let refused = home.exits(1, &[command, "job"]);
+        refused.says("user 54321 has put").says("sticky/app.env").says("chown root");
+    }
+    assert_eq!(home.pid("job"), pid, "what cannot be started again is not taken down");
+    process::signal(pid, Signal::SIGKILL);
+    let log = home.path().join("pm.log");
+    wait_until("the crash restart is refused, with the reason", SOON, || {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        if text.contains("user 54321 has put") { Ok(()) } else { Err(text) }
+    });
+    assert_eq!(home.row("job").pid, 0, "{:#?}", home.row("job"));
+    home.pm(&["describe", "job"]).says("user 54321 has put");
+    // It is tried again, and comes up with what root says.
+    std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+    home.write("sticky/app.env", "GREETING=hello again\n");
+    let row = home.wait_row("job", "it runs", |row| row.status == "online" && row.pid != 0);
+    assert_eq!(greeting(row.pid).as_deref(), Some("hello again"));
+    // Whoever says that it is fine is believed, also when the app starts again.
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
+    home.exits(1, &["restart", "job"]).says("everybody may change it");
+    let mut trusting = home.command(&["restart", "job", "--update-env"]);
+    trusting.env("PM_TRUST_FILES", "1");
+    let trusting = run(trusting, PATIENT);
+    assert_eq!(trusting.code, 0, "{trusting:#?}");
+    home.ok(&["restart", "job"]);
+    assert!(!process::environ(home.pid("job")).contains_key("PM_TRUST_FILES"));
+}
+
+#[test]
+fn a_package_json_that_is_no_file_holds_nobody_up() {
+    let home = Home::new();
+    home.write("app/package.json", "{\"version\": \"1.2.3\"}");
+    home.write("app/idle.js", "setInterval(() => {}, 1000);\n");
+    home.start(&format!(
+        "{SLEEPER}[[apps]]\nname = 'app'\nscript = 'app/idle.js'\nexec_mode = 'fork'\nrestart_delay = 0\n"
+    ));
+    assert_eq!(home.row("app").env("version"), "1.2.3");
+    let package = home.work().join("app/package.json");
+    let plant: [(&str, &dyn Fn()); 3] = [
+        ("a FIFO", &|| {
+            nix::unistd::mkfifo(&package, nix::sys::stat::Mode::from_bits_truncate(0o666)).unwrap();
+        }),
+        ("an endless device", &|| std::os::unix::fs::symlink("/dev/zero", &package).unwrap()),
+        ("a huge file", &|| {
+            let file = fs::File::create(&package).unwrap();
+            file.set_len(64 << 30).unwrap();
+        }),
+    ];
+    for (what, plant) in plant {
+        fs::remove_file(&package).unwrap();
+        plant();
+        let before = home.row("app");
+        process::signal(before.pid, Signal::SIGKILL);
+        let row = home.wait_row("app", what, |row| row.status == "online" && row.pid != before.pid);
+        assert_eq!(row.env("version"), "N/A", "{what}");
+        // The next supervisor reads it too.
+        let supervisor = home.supervisor();
+        process::signal(supervisor, Signal::SIGKILL);
+        wait_until(what, SOON, || {
+            if process::alive(supervisor) { Err("the supervisor lives".to_owned()) } else { Ok(()) }
+        });
+        assert_eq!(home.row("app").pid, row.pid, "{what}");
+        assert!(process::status_kib(home.supervisor(), "VmHWM") < 512 << 10, "{what}");
+    }
+    home.ok(&["stop", "job"]);
+}
+
+#[test]
 fn an_env_file_that_is_no_file_holds_nobody_up() {
     let home = Home::new();
     home.write("vars.env", "A=1\n");

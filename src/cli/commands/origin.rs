@@ -54,6 +54,10 @@ impl Origins {
 }
 
 fn read(origin: &Origin, show_env: bool, session: &mut Session) -> Result<Option<Vec<PlannedApp>>, CliError> {
+    // Whoever may write there could have put a FIFO in its place, and nobody has asked for this file now.
+    if !origin.file.is_file() {
+        return Ok(None);
+    }
     let options = FileOptions { only: None, env: origin.env_name.clone() };
     let Ok(file) = Wishes::of_file(&options).read_quietly(&origin.file) else { return Ok(None) };
     let request = || Request::Apply {

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Uid, User};
@@ -17,6 +17,7 @@ use crate::cli::unit::{self, MARK, Scope, Unit};
 use crate::cli::{Context, Surroundings};
 use crate::ipc::protocol::{Answer, Request};
 use crate::store::paths::{Home, user_name};
+use crate::sys::trust;
 
 /// Recipes for other service managers.
 const RECIPES: [(&str, &str); 3] = [
@@ -347,19 +348,11 @@ fn warnings(plan: &Plan) -> Vec<String> {
         ));
     }
     if plan.unit.scope == Scope::System
-        && let Some(why) = writable_by_others(program)
+        && let Ok(Some(why)) = trust::changeable_by_others(program)
     {
         warnings.push(format!("root will run {text} at every boot, and {why}"));
     }
     warnings
-}
-
-fn writable_by_others(program: &Path) -> Option<String> {
-    let meta = fs::metadata(program).ok()?;
-    if meta.uid() != 0 {
-        return Some(format!("{} can change it", user_name(meta.uid())));
-    }
-    (meta.permissions().mode() & 0o022 != 0).then(|| "users other than root can change it".to_owned())
 }
 
 /// The way to this program that stays when it is upgraded: as it is found in PATH, symbolic links and all.

@@ -72,6 +72,8 @@ impl World {
                 cwd: run.spec.cwd.clone(),
                 pid: run.process.map(|process| process.pid.unsigned_abs()),
                 process: run.spec.process.clone(),
+                group: run.group.as_ref().map(|group| group.dir().to_owned()),
+                open_files: self.open_files,
             };
             Some(probe::start(subject, delay, self.inputs.clone()))
         };

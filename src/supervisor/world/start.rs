@@ -28,7 +28,7 @@ use crate::policy::vocabulary::Retry;
 use crate::store::state::Shell;
 use crate::sys::cgroup::group::Group;
 use crate::sys::guise::Guise;
-use crate::sys::{pipe, users};
+use crate::sys::{guarded, pipe, users};
 
 /// Why a run did not start.
 pub(super) struct NotStarted {
@@ -399,6 +399,9 @@ pub(super) fn version_of(spec: &AppSpec) -> String {
     struct Package {
         version: String,
     }
+    /// Far more than any real one has, in bytes.
+    const PACKAGE_MAX: u64 = 1 << 20;
+    const VERSION_MAX: usize = 256;
     let none = || "N/A".to_owned();
     if spec.command.runtime == Runtime::Other {
         return none();
@@ -408,8 +411,10 @@ pub(super) fn version_of(spec: &AppSpec) -> String {
     dirs.into_iter()
         .flatten()
         .find_map(|dir| {
-            let text = std::fs::read(dir.join("package.json")).ok()?;
+            // The app may have put anything there, and everybody waits for the driver.
+            let text = guarded::read_regular(&dir.join("package.json"), PACKAGE_MAX).ok()?;
             serde_json::from_slice::<Package>(&text).ok()
         })
+        .filter(|Package { version }| version.len() <= VERSION_MAX && !version.chars().any(char::is_control))
         .map_or_else(none, |package| package.version)
 }
