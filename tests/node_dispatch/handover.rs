@@ -16,7 +16,7 @@ use super::world::{BALANCES, World, get, instance, nodes};
 #[test]
 fn a_line_waits_in_the_socket_until_its_effect_is_recorded() {
     let mut world = World::new(Path::new("node"));
-    world.stuck.store(true, Ordering::Relaxed);
+    world.stuck.recording.store(true, Ordering::Relaxed);
     let id = instance("web", 0, 1);
     world.worker(&id, Balance::RoundRobin, &["http"]);
     world.wait_event("the query", |event| matches!(event, DispatchEvent::Opened { .. }));
@@ -25,7 +25,7 @@ fn a_line_waits_in_the_socket_until_its_effect_is_recorded() {
     let seen = scm::peek(world.channels[&id].as_fd(), &mut buffer).unwrap();
     let text = String::from_utf8_lossy(&buffer[..seen.count]);
     assert!(text.starts_with(r#"{"cmd":"NODE_CLUSTER","act":"queryServer""#), "{text}");
-    world.stuck.store(false, Ordering::Relaxed);
+    world.stuck.recording.store(false, Ordering::Relaxed);
     world.up(&id);
     assert_eq!(get(world.port(), "/").unwrap(), "1");
 }
@@ -154,7 +154,7 @@ fn a_query_whose_answer_was_lost_with_the_supervisor_is_answered_by_the_next_one
             let id = instance("web", 0, 1);
             let kind = |_: &InstanceId| ChannelKind::Cluster { balance, configured: Vec::new() };
             // Before it is recorded: the line is still in the socket.
-            world.stuck.store(true, Ordering::Relaxed);
+            world.stuck.recording.store(true, Ordering::Relaxed);
             world.worker(&id, balance, &["http"]);
             world.wait_event("the query", |event| matches!(event, DispatchEvent::Opened { .. }));
             world.next_supervisor(std::slice::from_ref(&id), kind);

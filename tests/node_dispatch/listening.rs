@@ -111,7 +111,7 @@ fn an_address_that_a_supervisor_took_and_did_not_record_is_waited_for() {
         let port = free_port().to_string();
         let mut world = World::new(Path::new("node"));
         let id = instance("web", 0, 1);
-        world.stuck.store(true, Ordering::Relaxed);
+        world.stuck.recording.store(true, Ordering::Relaxed);
         world.worker(&id, balance, &["inUse", &port]);
         world.wait_event("the query", |event| matches!(event, DispatchEvent::Opened { .. }));
         let copy = {

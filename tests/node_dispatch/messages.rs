@@ -112,7 +112,7 @@ fn a_worker_that_makes_events_without_end_costs_bounded_memory_and_none_is_lost(
     let mut world = World::new(Path::new("node"));
     let id = instance("web", 0, 1);
     // The driver hangs at the first of them.
-    world.stuck.store(true, Ordering::Relaxed);
+    world.stuck.hearing.store(true, Ordering::Relaxed);
     world.worker(&id, Balance::RoundRobin, &["onlines", &ONLINES.to_string()]);
     world.wait("the driver to be far behind", |_| (world.stats().events_waiting >= EVENTS).then_some(()));
     let limit = Instant::now() + Duration::from_millis(300);
@@ -121,7 +121,7 @@ fn a_worker_that_makes_events_without_end_costs_bounded_memory_and_none_is_lost(
         assert!(waiting <= EVENTS + 2_000, "{waiting}");
         std::thread::park_timeout(Duration::from_millis(5));
     }
-    world.stuck.store(false, Ordering::Relaxed);
+    world.stuck.hearing.store(false, Ordering::Relaxed);
     world.message(&id, "done");
     let told = |log: &Log| {
         let onlines = log.events.iter().filter(|event| matches!(event, DispatchEvent::Online { .. }));

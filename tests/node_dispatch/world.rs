@@ -66,11 +66,20 @@ pub(crate) struct Log {
     pub(crate) lines: BTreeMap<(InstanceId, u64), OwnedFd>,
 }
 
+/// Where a driver hangs.
+#[derive(Default)]
+pub(crate) struct Stuck {
+    /// Before it says that something is recorded.
+    pub(crate) recording: AtomicBool,
+    /// When it hears that a worker is online.
+    pub(crate) hearing: AtomicBool,
+}
+
 /// A dispatch thread with a driver that records at once, unless it is told to be stuck.
 pub(crate) struct World {
     pub(crate) handle: Arc<DispatchHandle>,
     pub(crate) log: Arc<(Mutex<Log>, Condvar)>,
-    pub(crate) stuck: Arc<AtomicBool>,
+    pub(crate) stuck: Arc<Stuck>,
     pub(crate) node: PathBuf,
     pub(crate) children: Vec<Child>,
     /// Copies of our ends of the channels, as the keeper holds them.
@@ -175,7 +184,7 @@ impl World {
         let (handle, log, stuck) = start();
         let old = std::mem::replace(&mut self.handle, handle);
         let old_log = std::mem::replace(&mut self.log, log);
-        self.stuck.store(false, Ordering::Relaxed);
+        self.stuck.recording.store(false, Ordering::Relaxed);
         self.stuck = stuck;
         let mut old = Some(old);
         // Its driver may be about to say something.
@@ -305,11 +314,11 @@ impl Drop for World {
     }
 }
 
-pub(crate) type Shared = (Arc<DispatchHandle>, Arc<(Mutex<Log>, Condvar)>, Arc<AtomicBool>);
+pub(crate) type Shared = (Arc<DispatchHandle>, Arc<(Mutex<Log>, Condvar)>, Arc<Stuck>);
 
 pub(crate) fn start() -> Shared {
     let log: Arc<(Mutex<Log>, Condvar)> = Arc::default();
-    let stuck = Arc::new(AtomicBool::new(false));
+    let stuck = Arc::<Stuck>::default();
     let (events_tx, events_rx) = std::sync::mpsc::channel();
     let handle = dispatch::spawn(Box::new(move |event| {
         let _ = events_tx.send(event);
@@ -321,7 +330,9 @@ pub(crate) fn start() -> Shared {
             let is_online = matches!(event, DispatchEvent::Online { .. });
             let token = driver_log.0.lock().unwrap().record(event);
             driver_log.1.notify_all();
-            while is_stuck.load(Ordering::Relaxed) && (token.is_some() || is_online) {
+            while token.is_some() && is_stuck.recording.load(Ordering::Relaxed)
+                || is_online && is_stuck.hearing.load(Ordering::Relaxed)
+            {
                 std::thread::park_timeout(Duration::from_millis(2));
             }
             if let Some(handle) = weak.upgrade() {
