@@ -508,7 +508,7 @@ pub struct Upgrade {
 }
 
 /// `daemon`.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct Daemon {
     /// Leave the session of the caller
     #[arg(long, hide = true)]
@@ -516,6 +516,9 @@ pub struct Daemon {
     /// Go on from what an older program left in this process
     #[arg(long, hide = true, value_name = "DESCRIPTOR")]
     pub resume: Option<i32>,
+    /// Take over from the supervisor at the other end of this connection
+    #[arg(long, hide = true, value_name = "DESCRIPTOR")]
+    pub heir: Option<i32>,
 }
 
 /// `startup`.

@@ -42,6 +42,8 @@ pub enum Invocation {
         detached: bool,
         /// It goes on from what another program left behind this descriptor.
         resume: Option<i32>,
+        /// A supervisor without a keeper has started it, and offers everything at this descriptor.
+        heir: Option<i32>,
     },
     /// `pm supervisor`, with the arguments that the keeper gave.
     Supervisor {
@@ -103,11 +105,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
         [first, option, home, detached]
             if *first == "daemon" && *option == "--home" && *detached == "--detached" =>
         {
-            return daemon(Some(Path::new(*home)), true, None, surroundings);
+            return daemon(
+                Some(Path::new(*home)),
+                &args::Daemon { detached: true, ..args::Daemon::default() },
+                surroundings,
+            );
         }
-        [only] if *only == "daemon" => return daemon(None, false, None, surroundings),
+        [only] if *only == "daemon" => return daemon(None, &args::Daemon::default(), surroundings),
         [first, option, home] if *first == "daemon" && *option == "--home" => {
-            return daemon(Some(Path::new(*home)), false, None, surroundings);
+            return daemon(Some(Path::new(*home)), &args::Daemon::default(), surroundings);
         }
         _ => {}
     }
@@ -120,26 +126,20 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
         }
     };
     match cli.command {
-        Command::Daemon(daemon_args) => {
-            daemon(cli.global.home.as_deref(), daemon_args.detached, daemon_args.resume, surroundings)
-        }
+        Command::Daemon(daemon_args) => daemon(cli.global.home.as_deref(), &daemon_args, surroundings),
         Command::Supervisor(supervisor) => Invocation::Supervisor { args: supervisor.args },
         command => Invocation::Client(Box::new(Client { global: cli.global, command })),
     }
 }
 
-fn daemon(
-    home: Option<&Path>,
-    detached: bool,
-    resume: Option<i32>,
-    surroundings: &Surroundings,
-) -> Invocation {
+fn daemon(home: Option<&Path>, args: &args::Daemon, surroundings: &Surroundings) -> Invocation {
+    let &args::Daemon { detached, resume, heir } = args;
     if detached && resume.is_none() {
         // Fails only for a leader of a process group, which a process that a command has just started is not.
         let _ = nix::unistd::setsid();
     }
     match Home::resolve(home, surroundings.pm_home.as_deref()) {
-        Ok(home) => Invocation::Daemon { home, detached, resume },
+        Ok(home) => Invocation::Daemon { home, detached, resume, heir },
         Err(error) => {
             let error = CliError::from(error);
             error.print(&mut Terminal::of_process(false, false));

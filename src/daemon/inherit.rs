@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::time::Duration;
 
 use crate::keeper::handover;
@@ -12,7 +12,7 @@ use crate::store::paths::Home;
 use crate::sys::clock;
 use crate::sys::lock::{self, LockError};
 use crate::sys::notify::LEAVE_SIGNAL;
-use crate::sys::{child, peer, pidfd, pipe, poll};
+use crate::sys::{child, fdpass, peer, pidfd, pipe, poll};
 
 /// How long a supervisor may take to notice that its keeper is gone, or a keeper to leave.
 const PATIENCE: Duration = Duration::from_secs(12);
@@ -86,6 +86,12 @@ fn supervisor(home: &Home) -> Result<Option<Inventory>, String> {
         return Err("the supervisor belongs to another user".to_owned());
     }
     handover::take(socket).map(Some).map_err(|error| error.to_string())
+}
+
+/// Everything of the supervisor that has started this process, and gave it a connection at this number.
+pub(super) fn left_at(number: RawFd) -> Result<Inventory, String> {
+    let socket = fdpass::inherited_packet_socket(number).map_err(|error| error.to_string())?;
+    handover::take(socket).map_err(|error| error.to_string())
 }
 
 /// Whether this pid, which may be an old note, is a keeper.

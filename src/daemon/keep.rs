@@ -32,8 +32,8 @@ pub(super) const ATTENDED: &str = "--attended";
 
 /// Runs the keeper of this home until the daemon is told to end. `detached`: a command has started it, and nobody
 /// watches over it. `resume`: an upgrade has put this program in the place of another one, which left what it had
-/// behind this descriptor.
-pub fn keep(home: &Home, detached: bool, resume: Option<i32>) -> ExitCode {
+/// behind this descriptor. `heir`: a supervisor without a keeper has started it, and offers what there is at this one.
+pub fn keep(home: &Home, detached: bool, resume: Option<i32>, heir: Option<i32>) -> ExitCode {
     // Before any other descriptor is opened: what this process had is told apart by not being closed on exec.
     let resumed = match resume.map(Resumed::from_descriptor).transpose() {
         Ok(resumed) => resumed,
@@ -42,22 +42,36 @@ pub fn keep(home: &Home, detached: bool, resume: Option<i32>) -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
-    if let Err(error) = home.create() {
-        return fail(USAGE, &error);
+    let left = match heir.map(inherit::left_at).transpose() {
+        Ok(left) => left,
+        Err(reason) => {
+            say(&format!("error: cannot take over: {reason}"));
+            return ExitCode::from(FAILED);
+        }
+    };
+    match home.create() {
+        Ok(()) => {}
+        // Whoever has everything cannot choose.
+        Err(error) if left.is_some() => say(&format!("warning: {error}")),
+        Err(error) => return fail(USAGE, &error),
     }
     // Before there is a child that would have to come along.
     let named = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
     match Root::claim(named.as_deref()) {
         Ok(_) => {}
         // After an upgrade there are apps, which have theirs.
-        Err(error) if resumed.is_some() => say(&format!("warning: {error}")),
+        Err(error) if resumed.is_some() || left.is_some() => say(&format!("warning: {error}")),
         Err(error) => return fail(USAGE, &error),
     }
     let manager = std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty());
     let mut lock = None;
     let mut estate = None;
     if resumed.is_none() {
-        match take_lock(home, manager.is_some()) {
+        let taken = match left {
+            Some(left) => take_over(home, left, manager.is_some()),
+            None => take_lock(home, manager.is_some()),
+        };
+        match taken {
             Ok((file, left)) => (lock, estate) = (Some(file), left),
             Err(code) => return code,
         }
@@ -125,23 +139,30 @@ fn take_lock(home: &Home, watched: bool) -> Result<(File, Option<Inventory>), Ex
             say(&format!("error: a daemon is running already for {} ({by})", home.dir().display()));
             Err(ExitCode::from(BUSY))
         }
-        Found::Everything(mut estate) => {
-            let index = estate.held.iter().position(|(name, _)| name == LOCK);
-            let Some(index) = index else {
-                say("error: the supervisor has no lock to hand over");
-                return Err(ExitCode::from(FAILED));
-            };
-            let mut lock = File::from(estate.held.swap_remove(index).1);
-            if let Err(error) = lock::claim(&mut lock) {
-                say(&format!("warning: cannot write {}: {error}", home.lock().display()));
-            }
-            say(&format!("pm daemon: takes over {} processes", estate.children.len()));
-            if watched {
-                bring_along(&estate);
-            }
-            Ok((lock, Some(*estate)))
-        }
+        Found::Everything(estate) => take_over(home, *estate, watched),
     }
+}
+
+/// The lock is among what an earlier keeper left.
+fn take_over(
+    home: &Home,
+    mut estate: Inventory,
+    watched: bool,
+) -> Result<(File, Option<Inventory>), ExitCode> {
+    let index = estate.held.iter().position(|(name, _)| name == LOCK);
+    let Some(index) = index else {
+        say("error: the supervisor has no lock to hand over");
+        return Err(ExitCode::from(FAILED));
+    };
+    let mut lock = File::from(estate.held.swap_remove(index).1);
+    if let Err(error) = lock::claim(&mut lock) {
+        say(&format!("warning: cannot write {}: {error}", home.lock().display()));
+    }
+    say(&format!("pm daemon: takes over {} processes", estate.children.len()));
+    if watched {
+        bring_along(&estate);
+    }
+    Ok((lock, Some(estate)))
 }
 
 /// Apps of a daemon that a command had started are in the control group of that session, and end with it where

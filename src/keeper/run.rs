@@ -173,6 +173,13 @@ enum Supervisor {
     Alive(Alive),
 }
 
+impl Supervisor {
+    /// Whether it is this process.
+    fn is(&self, pid: u32) -> bool {
+        matches!(self, Self::Alive(alive) if alive.pid == pid)
+    }
+}
+
 struct Alive {
     pid: u32,
     started: Moment,
@@ -511,9 +518,15 @@ impl Keeper {
         let _ = pidfd::open(alive.pid).and_then(|fd| pidfd::send_signal(fd, libc::SIGKILL));
     }
 
-    fn supervisor_ended(&mut self, status: WaitStatus) {
+    /// The supervisor `pid` is a zombie, which has yet to be reaped.
+    fn supervisor_ended(&mut self, pid: u32, status: WaitStatus) {
         // What it had said counts: its effects and ours stay in the order in which it meant them.
         self.read_link(Patience::Everything);
+        if !self.supervisor.is(pid) {
+            // Its last word was that another one goes on.
+            self.successor_ended(pid, &status.to_string());
+            return;
+        }
         let now = clock::now();
         let waiting = Supervisor::Waiting { until: now };
         let Supervisor::Alive(alive) = std::mem::replace(&mut self.supervisor, waiting) else { return };
@@ -611,17 +624,24 @@ impl Keeper {
             return;
         }
         // A hint may be outdated: the process was reaped by an earlier look.
-        let Ok(Some(status)) = child::exited(pid, Zombie::Reap) else { return };
-        if matches!(&self.supervisor, Supervisor::Alive(alive) if alive.pid == pid) {
-            self.supervisor_ended(status);
+        let Ok(Some(status)) = child::exited(pid, Zombie::Keep) else { return };
+        if self.supervisor.is(pid) {
+            self.supervisor_ended(pid, status);
         } else {
             self.successor_ended(pid, &status.to_string());
         }
+        // Only now: a broken link has its process killed, and until here its pid can mean nobody else.
+        let _ = child::exited(pid, Zombie::Reap);
     }
 
     fn read_link(&mut self, patience: Patience) {
+        let Supervisor::Alive(Alive { pid: reads_of, .. }) = self.supervisor else { return };
         loop {
             let Supervisor::Alive(alive) = &self.supervisor else { return };
+            if alive.pid != reads_of {
+                // It has been told to go on, and has a link of its own.
+                return;
+            }
             let Some(link) = &alive.link else { return };
             if patience == Patience::Bounded && !self.takes_orders(link) {
                 return;

@@ -184,6 +184,31 @@ fn pain_11_on_a_disk_that_has_become_read_only_the_same_is_refused_and_done() {
 }
 
 #[test]
+fn a_keeper_killed_while_its_home_is_read_only_costs_nothing() {
+    let Some((home, disk)) = on_a_small_disk() else { return };
+    let (web, job) = (home.pids("web"), home.pid("job"));
+    let read_only = Mounted::read_only(&home.path());
+    let keeper = home.keeper();
+    process::signal(keeper, Signal::SIGKILL);
+    // No place for a socket, and none is needed.
+    wait_until("the next keeper has everything", PATIENT, || {
+        let run = home.pm(&["ping"]);
+        if run.code == 0 && home.keeper() != keeper { Ok(()) } else { Err(run) }
+    });
+    assert_eq!((home.pids("web"), home.pid("job")), (web.clone(), job), "the apps have gone on");
+    process::signal(job, Signal::SIGKILL);
+    wait_until("it is a keeper", PATIENT, || {
+        let row = home.row("job");
+        if row.status == "online" && home.pid("job") != job { Ok(()) } else { Err(row) }
+    });
+    drop(read_only);
+    home.ok(&["scale", "web", "3"]);
+    assert_eq!(home.pids("web")[..2], web[..]);
+    home.ok(&["kill"]);
+    drop(disk);
+}
+
+#[test]
 fn pain_11_a_disk_that_fails_costs_no_app_and_no_acknowledged_state() {
     if !own_mounts() {
         return;

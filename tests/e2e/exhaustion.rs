@@ -185,6 +185,30 @@ fn pain_16_on_emfile_a_spawn_fails_with_backoff_and_the_daemon_lives() {
 }
 
 #[test]
+fn a_keeper_that_dies_while_its_supervisor_gets_no_descriptors_costs_nothing() {
+    let home = Home::new();
+    home.start(SLEEPER);
+    let before = Alive::of(&home);
+    limit(&home, before.supervisor, "--nofile=3:");
+    process::signal(before.keeper, Signal::SIGKILL);
+    // It is the only one that has anything now.
+    wait_until("it tries again and again", PATIENT, || {
+        let log = fs::read_to_string(home.path().join("pm.log")).unwrap();
+        if log.matches("cannot start the next keeper").count() >= 3 { Ok(()) } else { Err(log) }
+    });
+    assert!(process::alive(before.app) && process::alive(before.supervisor), "{}", home.process_list());
+    limit(&home, before.supervisor, "--nofile=20000:");
+    wait_until("the next keeper has everything", PATIENT, || {
+        let run = home.pm(&["ping"]);
+        if run.code == 0 { Ok(()) } else { Err(run) }
+    });
+    assert_eq!(home.pid("job"), before.app);
+    assert_ne!(home.keeper(), before.keeper);
+    process::signal(before.app, Signal::SIGKILL);
+    home.wait_row("job", "its end was seen", |row| row.status == "online" && row.pid != before.app);
+}
+
+#[test]
 fn pain_16_without_memory_a_spawn_fails_with_backoff_and_the_daemon_lives() {
     let home = Home::new();
     home.start(SLEEPER);

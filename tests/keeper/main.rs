@@ -9,6 +9,7 @@
 )]
 
 mod scenarios;
+mod succession;
 mod world;
 
 use std::ffi::CString;

@@ -14,6 +14,7 @@ use pm::sys::limits::Limit;
 use pm::sys::spawn::{Credentials, Failure, Stage};
 use pm::sys::{clock, fdpass, pidfd, pipe};
 
+use crate::succession;
 use crate::world::{OOM_SCORE_ADJ, World, command, process_exists, read_line, sh, status, until};
 
 type Scenario = fn(&mut World);
@@ -37,6 +38,8 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("quick_deaths_cost_the_blob", quick_deaths_cost_the_blob),
     ("broken_frames_cost_the_supervisor_its_life", broken_frames_cost_the_supervisor_its_life),
     ("keeper_stays_small", keeper_stays_small),
+    ("successor_of_one_that_dies_after_go", succession::successor_of_one_that_dies_after_go),
+    ("upgrade_while_the_old_supervisor_hangs", succession::upgrade_while_the_old_supervisor_hangs),
     (NEXT_KEEPER, the_next_keeper_has_everything_of_one_that_was_killed),
     (LEAVING_KEEPER, a_keeper_that_leaves_settles_what_is_under_way),
 ];

@@ -46,7 +46,8 @@ const OWN_MAX: usize = 16 * 1024 * 1024;
 pub(super) struct Succession {
     prepared: Option<Prepared>,
     trial: Option<Trial>,
-    retired: Option<Retired>,
+    /// More than one when the next upgrade comes before the old supervisor of the last one has ended.
+    retired: Vec<Retired>,
     /// The keeper replaces itself as soon as nothing is under way, until then at most.
     replace: Option<Moment>,
     last: Option<Upgrade>,
@@ -125,14 +126,14 @@ impl Succession {
         self.last.as_ref()
     }
 
-    /// Whether the old supervisor is there, so that no other may be started.
+    /// Whether an old supervisor is there, so that no other may be started.
     pub(super) fn has_retired(&self) -> bool {
-        self.retired.is_some()
+        !self.retired.is_empty()
     }
 
     /// Whether nothing is under way.
     pub(super) fn is_over(&self) -> bool {
-        self.prepared.is_none() && self.trial.is_none() && self.retired.is_none() && self.replace.is_none()
+        self.prepared.is_none() && self.trial.is_none() && self.retired.is_empty() && self.replace.is_none()
     }
 
     pub(super) fn next_deadline(&self) -> Option<Moment> {
@@ -141,7 +142,7 @@ impl Succession {
             Some(watch) => trial.until.min(watch.at + LOOK),
             None => trial.until,
         });
-        let retired = self.retired.as_ref().and_then(|retired| retired.until);
+        let retired = self.retired.iter().filter_map(|retired| retired.until).min();
         [prepared, trial, retired, self.replace].into_iter().flatten().min()
     }
 
@@ -178,7 +179,7 @@ impl Keeper {
         let now = clock::now();
         let waiting = Supervisor::Waiting { until: now };
         let Supervisor::Alive(old) = std::mem::replace(&mut self.supervisor, waiting) else { return };
-        self.succession.retired = Some(Retired { pid: old.pid, link: old.link, until: None });
+        self.succession.retired.push(Retired { pid: old.pid, link: old.link, until: None });
         self.children.forget_what_was_told();
         let Some(Prepared { mut alive, on }) = self.succession.prepared.take() else {
             // It has ended meanwhile: the program of the old one is started again.
@@ -194,14 +195,12 @@ impl Keeper {
 
     /// The new supervisor has everything.
     pub(super) fn dismiss(&mut self, now: Moment) {
-        let Some(retired) = &mut self.succession.retired else { return };
-        if retired.until.is_some() {
-            return;
-        }
-        retired.until = Some(now + DISMISSED);
-        if let (Some(link), Ok(frame)) = (&mut retired.link, FromKeeper::Dismissed.encode(0)) {
-            // One that cannot be told is killed in time.
-            let _ = link.send(frame, &[]);
+        for retired in self.succession.retired.iter_mut().filter(|retired| retired.until.is_none()) {
+            retired.until = Some(now + DISMISSED);
+            if let (Some(link), Ok(frame)) = (&mut retired.link, FromKeeper::Dismissed.encode(0)) {
+                // One that cannot be told is killed in time.
+                let _ = link.send(frame, &[]);
+            }
         }
     }
 
@@ -219,8 +218,8 @@ impl Keeper {
 
     /// A process has ended; whether it belonged to an upgrade and is accounted for.
     pub(super) fn successor_ended(&mut self, pid: u32, status: &str) -> bool {
-        if self.succession.retired.as_ref().is_some_and(|retired| retired.pid == pid) {
-            self.succession.retired = None;
+        if let Some(at) = self.succession.retired.iter().position(|retired| retired.pid == pid) {
+            self.succession.retired.remove(at);
             return true;
         }
         if self.succession.prepared.as_ref().is_some_and(|prepared| prepared.alive.pid == pid) {
@@ -271,11 +270,11 @@ impl Keeper {
                 self.break_link(&reason);
             }
         }
-        if let Some(retired) = &mut self.succession.retired
-            && retired.until.is_some_and(|until| until <= now)
-        {
-            kill(retired.pid);
-            retired.until = Some(now + DISMISSED);
+        for retired in &mut self.succession.retired {
+            if retired.until.is_some_and(|until| until <= now) {
+                kill(retired.pid);
+                retired.until = Some(now + DISMISSED);
+            }
         }
         if self.succession.replace.is_some_and(|until| until <= now) {
             self.succession.replace = None;
@@ -295,7 +294,7 @@ impl Keeper {
     pub(super) fn replace_when_quiet(&mut self) {
         let quiet = self.succession.replace.is_some()
             && self.succession.trial.is_none()
-            && self.succession.retired.is_none()
+            && self.succession.retired.is_empty()
             && self.can_leave()
             && self.children.is_quiet()
             && self.to_forward.is_empty()
