@@ -10,7 +10,7 @@ use pm::daemon::{foreground, keep, supervise};
 fn main() -> ExitCode {
     let surroundings = Surroundings::of_process();
     match cli::parse(std::env::args_os(), &surroundings) {
-        Invocation::Daemon { home, detached, resume, heir } => keep::keep(&home, detached, resume, heir),
+        Invocation::Daemon { home, detached, left } => keep::keep(&home, detached, left),
         Invocation::Supervisor { args } => {
             foreground::log_to_stderr();
             supervise::supervise(&args)

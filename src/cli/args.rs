@@ -508,7 +508,7 @@ pub struct Upgrade {
 }
 
 /// `daemon`.
-#[derive(Debug, Default, Args)]
+#[derive(Debug, Args)]
 pub struct Daemon {
     /// Leave the session of the caller
     #[arg(long, hide = true)]
@@ -519,6 +519,9 @@ pub struct Daemon {
     /// Take over from the supervisor at the other end of this connection
     #[arg(long, hide = true, value_name = "DESCRIPTOR")]
     pub heir: Option<i32>,
+    /// The lock of the home, held already
+    #[arg(long, hide = true, value_name = "DESCRIPTOR")]
+    pub lock: Option<i32>,
 }
 
 /// `startup`.

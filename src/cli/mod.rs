@@ -18,6 +18,7 @@ pub mod systemctl;
 pub mod unit;
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -40,10 +41,8 @@ pub enum Invocation {
         home: Home,
         /// A command has started it, and nobody watches over it.
         detached: bool,
-        /// It goes on from what another program left behind this descriptor.
-        resume: Option<i32>,
-        /// A supervisor without a keeper has started it, and offers everything at this descriptor.
-        heir: Option<i32>,
+        /// Descriptors that another program has left for it.
+        left: Left,
     },
     /// `pm supervisor`, with the arguments that the keeper gave.
     Supervisor {
@@ -54,6 +53,17 @@ pub enum Invocation {
     Client(Box<Client>),
     /// Everything is said: help, version, wrong usage.
     Exit(ExitCode),
+}
+
+/// Descriptors that another program has left open for the daemon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// What a keeper had that has replaced itself.
+    pub resume: Option<i32>,
+    /// The home's lock, held.
+    pub lock: Option<i32>,
+    /// Where a supervisor without a keeper, which has started this one, offers everything.
+    pub heir: Option<i32>,
 }
 
 /// A command that is to be run.
@@ -105,15 +115,20 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
         [first, option, home, detached]
             if *first == "daemon" && *option == "--home" && *detached == "--detached" =>
         {
-            return daemon(
-                Some(Path::new(*home)),
-                &args::Daemon { detached: true, ..args::Daemon::default() },
-                surroundings,
-            );
+            return daemon(Some(Path::new(*home)), true, Left::default(), surroundings);
         }
-        [only] if *only == "daemon" => return daemon(None, &args::Daemon::default(), surroundings),
+        [only] if *only == "daemon" => return daemon(None, false, Left::default(), surroundings),
         [first, option, home] if *first == "daemon" && *option == "--home" => {
-            return daemon(Some(Path::new(*home)), &args::Daemon::default(), surroundings);
+            return daemon(Some(Path::new(*home)), false, Left::default(), surroundings);
+        }
+        // As `pm run` becomes it.
+        [first, option, home, lock, number]
+            if *first == "daemon" && *option == "--home" && *lock == "--lock" =>
+        {
+            if let Some(number) = number.to_str().and_then(|number| number.parse().ok()) {
+                let left = Left { lock: Some(number), ..Left::default() };
+                return daemon(Some(Path::new(*home)), false, left, surroundings);
+            }
         }
         _ => {}
     }
@@ -126,20 +141,22 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, surroundings: &Surroundin
         }
     };
     match cli.command {
-        Command::Daemon(daemon_args) => daemon(cli.global.home.as_deref(), &daemon_args, surroundings),
+        Command::Daemon(daemon_args) => {
+            let left = Left { resume: daemon_args.resume, lock: daemon_args.lock, heir: daemon_args.heir };
+            daemon(cli.global.home.as_deref(), daemon_args.detached, left, surroundings)
+        }
         Command::Supervisor(supervisor) => Invocation::Supervisor { args: supervisor.args },
         command => Invocation::Client(Box::new(Client { global: cli.global, command })),
     }
 }
 
-fn daemon(home: Option<&Path>, args: &args::Daemon, surroundings: &Surroundings) -> Invocation {
-    let &args::Daemon { detached, resume, heir } = args;
-    if detached && resume.is_none() {
+fn daemon(home: Option<&Path>, detached: bool, left: Left, surroundings: &Surroundings) -> Invocation {
+    if detached && left.resume.is_none() {
         // Fails only for a leader of a process group, which a process that a command has just started is not.
         let _ = nix::unistd::setsid();
     }
     match Home::resolve(home, surroundings.pm_home.as_deref()) {
-        Ok(home) => Invocation::Daemon { home, detached, resume, heir },
+        Ok(home) => Invocation::Daemon { home, detached, left },
         Err(error) => {
             let error = CliError::from(error);
             error.print(&mut Terminal::of_process(false, false));
@@ -156,14 +173,15 @@ impl Client {
         ExitCode::from(self.run_on(terminal, surroundings))
     }
 
-    /// The home to use, and whether it was made for this command.
-    fn home(&self, surroundings: &Surroundings) -> Result<(Home, bool), CliError> {
+    /// The home to use, and its lock where it was made for this command.
+    fn home(&self, surroundings: &Surroundings) -> Result<(Home, Option<File>), CliError> {
         let (option, pm_home) = (self.global.home.as_deref(), surroundings.pm_home.as_deref());
         let is_named = option.is_some() || pm_home.is_some_and(|dir| !dir.is_empty());
         if matches!(self.command, Command::Run(_)) && !is_named {
-            return Ok((container::temporary_home()?, true));
+            let (home, lock) = container::temporary_home()?;
+            return Ok((home, Some(lock)));
         }
-        Ok((Home::resolve(option, pm_home)?, false))
+        Ok((Home::resolve(option, pm_home)?, None))
     }
 
     /// Runs the command on any streams; returns the exit code.
@@ -199,8 +217,8 @@ impl Client {
 pub struct Context {
     /// Whose daemon.
     pub home: Home,
-    /// The home was made for this command.
-    pub temporary_home: bool,
+    /// The lock of a home that was made for this command.
+    pub temporary_home: Option<File>,
     /// Where output goes.
     pub terminal: Terminal,
     /// For programs.

@@ -51,6 +51,7 @@ impl Unit {
     pub fn text(&self) -> String {
         let pm = quoted(&self.program);
         let home = quoted(&self.home);
+        let home_argument = written(&self.home);
         let (user_flag, target) = match self.scope {
             Scope::User => (" --user", "default.target"),
             Scope::System | Scope::SystemFor { .. } => ("", "multi-user.target"),
@@ -80,9 +81,9 @@ impl Unit {
         if let Scope::SystemFor { user } = &self.scope {
             line(&format!("User={user}"));
         }
-        line(&format!("ExecStart={pm} daemon --home {home}"));
+        line(&format!("ExecStart={pm} daemon --home {home_argument}"));
         line("# The daemon becomes the program that is installed now; what runs goes on.");
-        line(&format!("ExecReload={pm} --home {home} upgrade"));
+        line(&format!("ExecReload={pm} --home {home_argument} upgrade"));
         line(
             "# A restart leaves the apps to the next daemon; a stop ends them, and what is left after that.",
         );
@@ -121,10 +122,14 @@ impl Unit {
     }
 }
 
-/// A path as one word of a unit file (systemd.service(5), COMMAND LINES): quoted where it has to be, without
-/// specifiers and variables.
+/// A path as one word of a unit file, quoted where it has to be and without specifiers (systemd.unit(5)). Variables are
+/// not replaced there, nor is `$$`: not in RequiresMountsFor=, and not in the first word of a command line.
 fn quoted(path: &Path) -> String {
-    let text = path.display().to_string().replace('%', "%%").replace('$', "$$");
+    word(path.display().to_string())
+}
+
+fn word(text: String) -> String {
+    let text = text.replace('%', "%%");
     let plain = |c: char| c.is_alphanumeric() || "/._-+:@,=%$~".contains(c);
     if text.chars().all(plain) {
         return text;
@@ -155,10 +160,11 @@ pub fn home_line(text: &str) -> Option<&str> {
     Some(start.split_once(" daemon --home ")?.1)
 }
 
-/// How a home is written in a unit.
+/// How a home is written in a unit: as an argument of a command line, which has no variables either
+/// (systemd.service(5), COMMAND LINES).
 #[must_use]
 pub fn written(home: &Path) -> String {
-    quoted(home)
+    word(home.display().to_string().replace('$', "$$"))
 }
 
 /// Whether a name is one for a unit, without `.service`.
@@ -171,6 +177,7 @@ pub fn is_unit_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::systemctl::{Instance, complaints};
 
     fn unit(scope: Scope, version: u32) -> Unit {
         Unit { scope, program: "/usr/local/bin/pm".into(), home: "/var/lib/pm".into(), version }
@@ -211,15 +218,43 @@ mod tests {
 
     #[test]
     fn odd_paths_stay_one_word_and_mean_nothing_else() {
-        let odd = Unit { program: "/opt/my \"pm\"/100%/$x/pm".into(), ..unit(Scope::System, 252) };
+        let odd = Unit {
+            program: "/opt/my pm/100%/$x/pm".into(),
+            home: "/srv/$a \"b\"".into(),
+            ..unit(Scope::System, 252)
+        };
         let text = odd.text();
-        assert!(
-            text.contains(r#"ExecStart="/opt/my \"pm\"/100%%/$$x/pm" daemon --home /var/lib/pm"#),
-            "{text}"
-        );
+        for line in [
+            r#"ExecStart="/opt/my pm/100%%/$x/pm" daemon --home "/srv/$$a \"b\"""#,
+            r#"ExecReload="/opt/my pm/100%%/$x/pm" --home "/srv/$$a \"b\"" upgrade"#,
+            r#"ExecStop=-"/opt/my pm/100%%/$x/pm" unit stop %n"#,
+            r#"RequiresMountsFor="/srv/$a \"b\"""#,
+        ] {
+            assert!(has(&text, line), "{line}\n{text}");
+        }
         let odd = Unit { home: "/srv/my apps".into(), ..unit(Scope::System, 252) };
         assert_eq!(home_line(&odd.text()), Some(written(Path::new("/srv/my apps")).as_str()));
         assert_eq!(home_line("[Service]\nExecStart=/bin/true\n"), None);
+    }
+
+    #[test]
+    fn systemd_finds_a_program_in_an_odd_place() {
+        use std::os::unix::fs::symlink;
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("a $b ${c} $$d 100% e");
+        std::fs::create_dir(&place).unwrap();
+        symlink("/bin/true", place.join("pm")).unwrap();
+        let unit = |program| Unit { program, ..unit(Scope::System, OLDEST) };
+        let file = dir.path().join("odd.service");
+        let complaints = |unit: &Unit| {
+            std::fs::write(&file, unit.text()).unwrap();
+            complaints(Instance::System, &file).unwrap_or_default()
+        };
+        let control = complaints(&unit(place.join("other")));
+        if !control.contains("not executable") {
+            return eprintln!("`systemd-analyze verify` does not work here: {control}");
+        }
+        assert_eq!(complaints(&unit(place.join("pm"))), "");
     }
 
     #[test]

@@ -2,7 +2,6 @@
 //! and its home goes with it.
 
 use std::fmt;
-use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 
 use jiff::Timestamp;
@@ -16,7 +15,9 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::logs::console::{json_line, print_at_once};
 use crate::model::foreground::{Foreground, LineForm, VARIABLE};
+use crate::store::container;
 use crate::store::paths::Home;
+use crate::sys::lock;
 
 /// What an app could not be called in the lines of the daemon itself.
 const OWN_NAME: &str = "pm";
@@ -65,10 +66,12 @@ fn print_plainly(text: &str) {
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// Removes the home of a daemon that has ended.
+/// Removes the home of a daemon that has ended, unless another one has it by now.
 pub(super) fn remove_home(home: &Home) {
-    // What cannot be removed lies in memory or in /tmp, and is used again by the next one.
-    let _ = fs::remove_dir_all(home.dir());
+    // Given back with everything the keeper held.
+    if let Ok(lock) = lock::acquire(&home.lock()) {
+        container::remove(home, &lock);
+    }
 }
 
 fn own_line(form: LineForm, level: Level, words: &str) -> String {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use super::foreground;
 use super::inherit::{self, Found, Other};
+use crate::cli::Left;
 use crate::keeper::link::Inventory;
 use crate::keeper::run::{self, Config, Resumed};
 use crate::store::paths::Home;
@@ -31,28 +32,32 @@ const APPS_OOM_SCORE_ADJ: &str = "PM_APPS_OOM_SCORE_ADJ";
 pub(super) const ATTENDED: &str = "--attended";
 
 /// Runs the keeper of this home until the daemon is told to end. `detached`: a command has started it, and nobody
-/// watches over it. `resume`: an upgrade has put this program in the place of another one, which left what it had
-/// behind this descriptor. `heir`: a supervisor without a keeper has started it, and offers what there is at this one.
-pub fn keep(home: &Home, detached: bool, resume: Option<i32>, heir: Option<i32>) -> ExitCode {
+/// watches over it. `left`: an upgrade has put this program in the place of another one, or `pm run` has, or a supervisor
+/// without a keeper has started it.
+pub fn keep(home: &Home, detached: bool, left: Left) -> ExitCode {
     // Before any other descriptor is opened: what this process had is told apart by not being closed on exec.
-    let resumed = match resume.map(Resumed::from_descriptor).transpose() {
+    let resumed = match left.resume.map(Resumed::from_descriptor).transpose() {
         Ok(resumed) => resumed,
         Err(reason) => {
             say(&format!("error: {reason}"));
             return ExitCode::from(FAILED);
         }
     };
-    let left = match heir.map(inherit::left_at).transpose() {
-        Ok(left) => left,
+    let offered = match left.heir.map(inherit::left_at).transpose() {
+        Ok(offered) => offered,
         Err(reason) => {
             say(&format!("error: cannot take over: {reason}"));
             return ExitCode::from(FAILED);
         }
     };
+    let handed = match left.lock.map(|number| lock::inherit(&home.lock(), number)).transpose() {
+        Ok(handed) => handed,
+        Err(error) => return fail(FAILED, &error),
+    };
     match home.create() {
         Ok(()) => {}
         // Whoever has everything cannot choose.
-        Err(error) if left.is_some() => say(&format!("warning: {error}")),
+        Err(error) if offered.is_some() => say(&format!("warning: {error}")),
         Err(error) => return fail(USAGE, &error),
     }
     // Before there is a child that would have to come along.
@@ -60,15 +65,15 @@ pub fn keep(home: &Home, detached: bool, resume: Option<i32>, heir: Option<i32>)
     match Root::claim(named.as_deref()) {
         Ok(_) => {}
         // After an upgrade there are apps, which have theirs.
-        Err(error) if resumed.is_some() || left.is_some() => say(&format!("warning: {error}")),
+        Err(error) if resumed.is_some() || offered.is_some() => say(&format!("warning: {error}")),
         Err(error) => return fail(USAGE, &error),
     }
     let manager = std::env::var_os("NOTIFY_SOCKET").filter(|value| !value.is_empty());
-    let mut lock = None;
+    let mut lock = handed;
     let mut estate = None;
-    if resumed.is_none() {
-        let taken = match left {
-            Some(left) => take_over(home, left, manager.is_some()),
+    if resumed.is_none() && lock.is_none() {
+        let taken = match offered {
+            Some(offered) => take_over(home, offered, manager.is_some()),
             None => take_lock(home, manager.is_some()),
         };
         match taken {

@@ -2,16 +2,19 @@
 //!
 //! Never decides anything; a client that is slow, silent, dead or hostile costs its own connection only.
 
+use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use interprocess::local_socket::tokio::{Listener, Stream};
 use interprocess::local_socket::traits::tokio::Listener as _;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::sync::Semaphore;
-use tokio::time::{interval, timeout};
+use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 
 use super::protocol::{ALIVE_EVERY, Answer, Call, Line, MAX_LINE, Refused, Reply};
 use super::strict;
@@ -30,6 +33,9 @@ const SCARCE_WRITE_PATIENCE: Duration = Duration::from_secs(1);
 /// A connection on which nothing is asked for this long is closed.
 const IDLE_PATIENCE: Duration = Duration::from_secs(300);
 
+/// When there is no place for another one, the one on which nothing has been asked for longest gives way, after this.
+const SCARCE_IDLE_PATIENCE: Duration = Duration::from_secs(1);
+
 /// Likewise for one that has never asked: whoever connects has something to ask.
 const FIRST_PATIENCE: Duration = Duration::from_secs(3);
 
@@ -40,25 +46,36 @@ struct Patience {
     write: Duration,
 }
 
-/// Accepts connections for ever: so many at once as descriptors allow, others wait in the kernel's queue.
+/// Accepts connections for ever: so many at once as descriptors allow, one more waits for a place, others in the kernel's
+/// queue.
 pub async fn serve(listener: Listener, handle: SupervisorHandle) {
     let max = connections_max();
+    serve_at_once(max, listener, handle).await;
+}
+
+async fn serve_at_once(max: usize, listener: Listener, handle: SupervisorHandle) {
     let places = Arc::new(Semaphore::new(max));
+    let idle = Arc::new(Idle::default());
     let mut refused = false;
     loop {
-        // The semaphore is never closed.
-        let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok(stream) => {
                 refused = false;
-                let handle = handle.clone();
+                let place = tokio::select! {
+                    biased;
+                    place = places.clone().acquire_owned() => place,
+                    never = idle.give_way() => match never {},
+                };
+                // The semaphore is never closed.
+                let Ok(place) = place else { return };
+                let (handle, idle) = (handle.clone(), idle.clone());
                 let patience = if places.available_permits() < max / 2 {
                     Patience { first: SCARCE_FIRST_PATIENCE, write: SCARCE_WRITE_PATIENCE }
                 } else {
                     Patience { first: FIRST_PATIENCE, write: WRITE_PATIENCE }
                 };
                 tokio::spawn(async move {
-                    if let Err(error) = converse(stream, patience, &handle).await {
+                    if let Err(error) = converse(stream, patience, &handle, &idle).await {
                         tracing::debug!(%error, "client connection ended");
                     }
                     drop(place);
@@ -75,7 +92,69 @@ pub async fn serve(listener: Listener, handle: SupervisorHandle) {
     }
 }
 
-async fn converse(stream: Stream, bounds: Patience, handle: &SupervisorHandle) -> io::Result<()> {
+/// The connections on which something was asked before and nothing is now, the one for longest first.
+#[derive(Debug, Default)]
+struct Idle {
+    waiting: Mutex<BTreeMap<u64, (Instant, oneshot::Sender<()>)>>,
+    numbers: AtomicU64,
+    more: Notify,
+}
+
+/// A connection is idle until this is dropped.
+struct IsIdle<'a> {
+    all: &'a Idle,
+    number: u64,
+}
+
+impl Drop for IsIdle<'_> {
+    fn drop(&mut self) {
+        self.all.lock().remove(&self.number);
+    }
+}
+
+impl Idle {
+    /// The connection is idle from now on; the second part ends when it is to give way.
+    fn begin(&self) -> (IsIdle<'_>, oneshot::Receiver<()>) {
+        let (leave, left) = oneshot::channel();
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        self.lock().insert(number, (Instant::now(), leave));
+        self.more.notify_one();
+        (IsIdle { all: self, number }, left)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, (Instant, oneshot::Sender<()>)>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends the one that is idle for longest away as soon as it is for a second, and so on until this is dropped.
+    async fn give_way(&self) -> Infallible {
+        loop {
+            let first = self.lock().first_key_value().map(|(&number, (since, _))| (number, *since));
+            let Some((number, since)) = first else {
+                self.more.notified().await;
+                continue;
+            };
+            let due = since + SCARCE_IDLE_PATIENCE;
+            if due > Instant::now() {
+                sleep_until(due).await;
+                continue;
+            }
+            if let Some((_, leave)) = self.lock().remove(&number) {
+                // One that goes by itself at this moment leaves a place too.
+                let _ = leave.send(());
+            }
+            // Its place is taken before the next one has to go.
+            sleep(SCARCE_FIRST_PATIENCE).await;
+        }
+    }
+}
+
+async fn converse(
+    stream: Stream,
+    bounds: Patience,
+    handle: &SupervisorHandle,
+    idle: &Idle,
+) -> io::Result<()> {
     let peer = {
         let Stream::UdSocket(socket) = &stream;
         peer::uid_of(socket.as_fd())?
@@ -86,11 +165,22 @@ async fn converse(stream: Stream, bounds: Patience, handle: &SupervisorHandle) -
     }
     let (read, mut write) = tokio::io::split(stream);
     let mut lines = BufReader::new(read);
-    let mut patience = bounds.first;
+    let mut has_asked = false;
     loop {
         let mut text = Vec::new();
-        let limit = MAX_LINE as u64 + 1;
-        let read = timeout(patience, (&mut lines).take(limit).read_until(b'\n', &mut text)).await;
+        let mut line = (&mut lines).take(MAX_LINE as u64 + 1);
+        let line = line.read_until(b'\n', &mut text);
+        let read = if has_asked {
+            let (_idle, leave) = idle.begin();
+            tokio::select! {
+                // What was asked in this moment is answered.
+                biased;
+                read = timeout(IDLE_PATIENCE, line) => read,
+                _ = leave => return Ok(()),
+            }
+        } else {
+            timeout(bounds.first, line).await
+        };
         let Ok(read) = read else { return Ok(()) };
         if read? == 0 {
             return Ok(());
@@ -105,7 +195,7 @@ async fn converse(stream: Stream, bounds: Patience, handle: &SupervisorHandle) -
         }
         match serde_json::from_slice::<Call>(&text) {
             Ok(call) => {
-                patience = IDLE_PATIENCE;
+                has_asked = true;
                 if let Some(key) = strict::unknown_key(&call.request, &text) {
                     send(&mut write, bounds.write, call.op, Reply::Refused(too_old(&key))).await?;
                 } else {
@@ -180,5 +270,105 @@ async fn send(
     match timeout(patience, write.write_all(&text)).await {
         Ok(written) => written,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader as Lines, Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+
+    use interprocess::local_socket::{GenericFilePath, ListenerOptions, ToFsName as _};
+
+    use super::*;
+    use crate::ipc::protocol::{Request, VERSION};
+
+    /// A server with so many places, whose driver answers pings and nothing else.
+    async fn server(socket: &Path, places: usize) {
+        let name = socket.to_fs_name::<GenericFilePath>().unwrap();
+        let listener = ListenerOptions::new().name(name).create_tokio().unwrap();
+        let (handle, mut asks) = SupervisorHandle::new();
+        tokio::spawn(serve_at_once(places, listener, handle));
+        let mut unanswered = Vec::new();
+        while let Some(ask) = asks.recv().await {
+            if matches!(ask.call.request, Request::Ping) {
+                let pong = Answer::Pong {
+                    version: String::new(),
+                    daemon_pid: 1,
+                    supervisor_pid: 2,
+                    warnings: Vec::new(),
+                };
+                ask.replies.send(Reply::Answer(pong)).unwrap();
+            } else {
+                unanswered.push(ask);
+            }
+        }
+    }
+
+    struct Client(Lines<UnixStream>);
+
+    impl Client {
+        /// Connects, asks, and hears this. Once more when it was too slow for a server that has few places.
+        fn new(socket: &Path, request: &Request, wanted: &str) -> Self {
+            loop {
+                let stream = UnixStream::connect(socket).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                let mut client = Self(Lines::new(stream));
+                if client.asks(request, wanted) {
+                    return client;
+                }
+            }
+        }
+
+        /// Whether this was heard, and the connection is still there.
+        fn asks(&mut self, request: &Request, wanted: &str) -> bool {
+            let call = Call { v: VERSION, op: OpId(1), request: request.clone() };
+            let text = serde_json::to_string(&call).unwrap() + "\n";
+            if self.0.get_mut().write_all(text.as_bytes()).is_err() {
+                return false;
+            }
+            let mut line = String::new();
+            while !line.contains(wanted) {
+                line.clear();
+                if !matches!(self.0.read_line(&mut line), Ok(1..)) {
+                    return false;
+                }
+            }
+            true
+        }
+
+        fn is_cut_off(&mut self) -> bool {
+            self.0.get_mut().set_nonblocking(true).unwrap();
+            let read = self.0.read(&mut [0]);
+            self.0.get_mut().set_nonblocking(false).unwrap();
+            matches!(read, Ok(0))
+        }
+    }
+
+    #[test]
+    fn whoever_asks_nothing_for_longest_gives_way_when_places_are_scarce() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("sock");
+        let path = socket.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(server(&path, 4));
+        });
+        while !socket.try_exists().unwrap() {
+            std::thread::yield_now();
+        }
+        // The first to come has something under way, the second was the first to have its answer.
+        let list = Request::List { targets: Vec::new(), figures: false };
+        let ping = || Client::new(&socket, &Request::Ping, "pong");
+        let mut all = [Client::new(&socket, &list, "alive"), ping(), ping(), ping()];
+        assert!(!all.iter_mut().any(Client::is_cut_off), "there is room");
+        let mut late = ping();
+        let cut_off: Vec<bool> = all.iter_mut().map(Client::is_cut_off).collect();
+        assert_eq!(cut_off, [false, true, false, false]);
+        // One that asks again is not the one for longest any more.
+        assert!(all[2].asks(&Request::Ping, "pong"));
+        let _last = ping();
+        assert!(all[3].is_cut_off() && !all[2].is_cut_off() && !all[0].is_cut_off() && !late.is_cut_off());
     }
 }

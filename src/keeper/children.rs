@@ -344,6 +344,28 @@ impl Children {
         self.children.contains_key(&pid)
     }
 
+    /// Signals every child that still runs; with SIGKILL its process group as well, and those of children that have ended and
+    /// are zombies.
+    pub(super) fn signal(&self, signal: i32) {
+        for (&pid, child) in &self.children {
+            let is_alive = !matches!(child.state, State::Exited(_));
+            let process = match &child.parent {
+                // Not reaped, so its pid is its own, and the number of its group.
+                Parent::Us => pidfd::open(pid).ok(),
+                Parent::Gone(_) if is_alive => pidfd::open_same(pid, child.start_ticks).ok().flatten(),
+                Parent::Gone(_) => None,
+            };
+            let Some(process) = process else { continue };
+            if is_alive {
+                // One that has just ended.
+                let _ = pidfd::send_signal(process, signal);
+            }
+            if signal == libc::SIGKILL {
+                pidfd::kill_group(pid);
+            }
+        }
+    }
+
     /// The pids of all children that still run, as far as is known.
     pub(super) fn alive(&self) -> Vec<u32> {
         self.children.keys().copied().filter(|&pid| self.is_alive(pid)).collect()

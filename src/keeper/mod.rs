@@ -1,7 +1,8 @@
 //! The parent of every process: spawns, reaps, holds descriptors. Knows nothing of apps.
 //!
 //! ```text
-//! run      the keeper itself: one thread, a poll loop, never waits for anybody; run/upgrade: another program
+//! run      the keeper itself: one thread, a poll loop, never waits for anybody; run/upgrade: another program;
+//!          run/ending: the end that no supervisor brings about
 //! restarts when the next supervisor is started
 //! link     the supervisor's end of the link
 //! wire     the frames between them        packet   frames with descriptors over a packet socket

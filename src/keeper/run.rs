@@ -7,9 +7,12 @@
 //!    └──────────────────┴───────────────────────────────────────────┘ (Quit was asked for: the keeper exits)
 //! ```
 //!
+//! A daemon in the foreground that was asked to end does, also when no supervisor can: see `ending`.
+//!
 //! It never waits for the supervisor: frames that find no room are queued, the queue is bounded because the link is
 //! not read while it is long, and exits need no queue because the zombies stay.
 
+mod ending;
 mod upgrade;
 
 use std::ffi::{CStr, CString};
@@ -19,6 +22,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use self::ending::Ending;
 use self::upgrade::Succession;
 pub use self::upgrade::{RESUME, Resumed};
 use super::children::{Children, Originals};
@@ -122,7 +126,7 @@ const CONGESTION_PAUSE: Duration = Duration::from_millis(10);
 /// process has other threads.
 ///
 /// # Errors
-/// [`Error`] when it cannot begin, or when waiting for events itself fails.
+/// [`Error`] when it cannot begin, when waiting for events itself fails, or when it had to end the children itself.
 pub fn run(config: Config) -> Result<Option<WaitStatus>, Error> {
     let mut keeper = Keeper::new(config)?;
     while keeper.turn()? == Turn::Again {}
@@ -161,6 +165,8 @@ struct Keeper {
     /// Told to leave; until then at most.
     leave: Option<Moment>,
     succession: Succession,
+    /// Nobody else ends everything.
+    ending: Ending,
     /// When the service manager hears from us next.
     ping: Option<Moment>,
     /// When to look at every child again.
@@ -257,6 +263,7 @@ impl Keeper {
             last_status: None,
             leave: None,
             succession: Succession::default(),
+            ending: Ending::default(),
             ping: config.watchdog.and(config.notifier.as_ref()).map(|_| started),
             scan_due: None,
             last_scan: Moment::default(),
@@ -279,6 +286,7 @@ impl Keeper {
     fn turn(&mut self) -> Result<Turn, Error> {
         let now = clock::now();
         self.act_on_deadlines(now);
+        self.act_on_ending(now)?;
         if self.quit.is_some() && matches!(self.supervisor, Supervisor::Waiting { .. }) {
             return Ok(Turn::Done);
         }
@@ -361,6 +369,7 @@ impl Keeper {
         let supervisor = match &self.supervisor {
             // The exit of the one before is what is waited for.
             Supervisor::Waiting { .. } if self.succession.has_retired() => None,
+            Supervisor::Waiting { .. } if self.ending.is_ours() => self.ending.next_deadline(),
             Supervisor::Waiting { until } => Some(*until),
             Supervisor::Alive(alive) if !matches!(alive.phase, Phase::Ready) && alive.link.is_some() => {
                 Some(alive.started + GREETING_TIMEOUT)
@@ -404,7 +413,10 @@ impl Keeper {
     fn act_on_deadlines(&mut self, now: Moment) {
         match &self.supervisor {
             Supervisor::Waiting { until }
-                if *until <= now && self.quit.is_none() && !self.succession.has_retired() =>
+                if *until <= now
+                    && self.quit.is_none()
+                    && !self.succession.has_retired()
+                    && !self.ending.is_ours() =>
             {
                 self.start_supervisor(now);
             }
@@ -554,6 +566,7 @@ impl Keeper {
         let lived_ms = u64::try_from(lived.as_millis()).unwrap_or(u64::MAX);
         self.last_death = Some(Death { pid, status, lived_ms, reason });
         self.supervisor = Supervisor::Waiting { until: now + delay };
+        self.supervisor_failed(now);
     }
 
     // What comes in.

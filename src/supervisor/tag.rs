@@ -55,12 +55,10 @@ impl HomeMark {
 pub struct Nonce(u64);
 
 impl Nonce {
-    /// The home's mark and a number nobody can foresee: the keys of std's hash maps come from the kernel's random
-    /// numbers.
+    /// The home's mark and a number nobody can foresee, which only the run's own user gets to see.
     #[must_use]
     pub fn new(home: HomeMark) -> Self {
-        let [_, low] = halves(RandomState::new().build_hasher().finish());
-        Self(u64::from(home.0) << 32 | u64::from(low))
+        Self(u64::from(home.0) << 32 | u64::from(random()))
     }
 
     /// In the form of a UUID, as PM2's `unique_id`.
@@ -70,6 +68,11 @@ impl Nonce {
         let [_, second, _, third] = [high >> 16, high & 0xffff, low >> 16, low & 0xffff];
         format!("{low:08x}-{second:04x}-{third:04x}-0000-{high:012x}")
     }
+}
+
+/// A number nobody can foresee: the keys of std's hash maps come from the kernel's random numbers.
+fn random() -> u32 {
+    halves(RandomState::new().build_hasher().finish())[1]
 }
 
 fn halves(number: u64) -> [u32; 2] {
@@ -97,9 +100,18 @@ pub struct Tag {
     pub revision: u64,
     /// Names its held descriptors, and is part of its token.
     pub nonce: Nonce,
+    /// Tells its control group from every other one. Not the nonce: everybody may read the group's name in
+    /// /proc/PID/cgroup. 0 for a run of an earlier version, whose group has the nonce in its name.
+    group: u32,
 }
 
 impl Tag {
+    /// That of a new run.
+    #[must_use]
+    pub fn new(id: InstanceId, pm_id: PmId, revision: u64, home: HomeMark) -> Self {
+        Self { id, pm_id, revision, nonce: Nonce::new(home), group: random().max(1) }
+    }
+
     /// The bytes for the keeper.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -125,7 +137,11 @@ impl Tag {
     #[must_use]
     pub fn group_name(&self) -> String {
         let InstanceId { app, slot, generation } = &self.id;
-        format!("{GROUP_PREFIX}{}-{slot}-{generation}-{}", app.file_stem(), self.nonce)
+        let name = format!("{GROUP_PREFIX}{}-{slot}-{generation}", app.file_stem());
+        match (self.group, halves(self.nonce.0)) {
+            (0, _) => format!("{name}-{}", self.nonce),
+            (group, [home, _]) => format!("{name}-{home:08x}{group:08x}"),
+        }
     }
 
     /// The keeper's name for one of the run's descriptors.
@@ -197,7 +213,7 @@ mod tests {
     fn a_home_knows_its_own_runs() {
         let [ours, theirs] = ["/var/lib/pm-one", "/var/lib/pm-two"].map(|dir| HomeMark::of(Path::new(dir)));
         let id = InstanceId { app: AppName::new("a:b").unwrap(), slot: Slot(0), generation: Generation(3) };
-        let tag = |home| Tag { id: id.clone(), pm_id: PmId(1), revision: 1, nonce: Nonce::new(home) };
+        let tag = |home| Tag::new(id.clone(), PmId(1), 1, home);
         assert!(ours.made(&tag(ours).token()));
         assert!(!theirs.made(&tag(ours).token()));
         assert_ne!(tag(ours).token(), tag(ours).token());
@@ -210,13 +226,32 @@ mod tests {
     #[test]
     fn tags_of_other_versions_are_read() {
         let id = InstanceId { app: AppName::new("api").unwrap(), slot: Slot(2), generation: Generation(300) };
-        let tag = Tag { id, pm_id: PmId(5), revision: 200, nonce: Nonce(0x0123_4567_89ab_cdef) };
-        // As 0.1.0 writes it.
-        let first = b"\x03api\x02\xac\x02\x05\xc8\x01\xef\x9b\xaf\xcd\xf8\xac\xd1\x91\x01";
-        assert_eq!(tag.encode(), first);
+        let tag = Tag { id, pm_id: PmId(5), revision: 200, nonce: Nonce(0x0123_4567_89ab_cdef), group: 0 };
+        // As 0.1.0 wrote it at first, without a number for the group.
+        let first = &b"\x03api\x02\xac\x02\x05\xc8\x01\xef\x9b\xaf\xcd\xf8\xac\xd1\x91\x01"[..];
         assert_eq!(Tag::decode(first), Some(tag.clone()));
-        assert_eq!(Tag::decode(&[first, &b"what a later version adds"[..]].concat()), Some(tag));
+        assert_eq!(tag.group_name(), format!("{GROUP_PREFIX}api-2-300-0123456789abcdef"));
+        let tag = Tag { group: 0xfedc, ..tag };
+        let present = [first, b"\xdc\xfd\x03"].concat();
+        assert_eq!(tag.encode(), present);
+        assert_eq!(Tag::decode(&present), Some(tag.clone()));
+        assert_eq!(tag.group_name(), format!("{GROUP_PREFIX}api-2-300-012345670000fedc"));
+        assert_eq!(Tag::decode(&[&present, &b"what a later version adds"[..]].concat()), Some(tag));
         assert_eq!(Tag::decode(b"\xff\xff"), None);
+    }
+
+    #[test]
+    fn the_name_of_a_control_group_does_not_tell_the_token() {
+        let home = HomeMark::of(Path::new("/var/lib/pm"));
+        let id = InstanceId { app: AppName::new("api").unwrap(), slot: Slot(0), generation: Generation(3) };
+        let tag = Tag::new(id, PmId(1), 1, home);
+        let nonce = tag.nonce.to_string();
+        let (mark, secret) = nonce.split_at(8);
+        let name = tag.group_name();
+        assert!(name.contains(mark) && !name.contains(secret), "{name} {nonce}");
+        assert!(tag.token().ends_with(secret));
+        assert!(home.made_group(&name), "a group that nobody knows is found by its home's mark");
+        assert_eq!(Tag::decode(&tag.encode()).unwrap().group_name(), name);
     }
 
     #[test]
@@ -227,12 +262,8 @@ mod tests {
             slot: Slot(u32::MAX),
             generation: Generation(u64::MAX),
         };
-        let tag = Tag {
-            id,
-            pm_id: PmId(u32::MAX),
-            revision: u64::MAX,
-            nonce: Nonce::new(HomeMark::of(Path::new("/"))),
-        };
+        let home = HomeMark::of(Path::new("/"));
+        let tag = Tag { group: u32::MAX, ..Tag::new(id, PmId(u32::MAX), u64::MAX, home) };
         let bytes = tag.encode();
         assert!(bytes.len() <= TAG_MAX, "{}", bytes.len());
         assert!(tag.held(Held::Channel).len() <= NAME_MAX);

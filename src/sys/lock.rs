@@ -1,9 +1,12 @@
 //! The lock that makes sure there is one daemon per home.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::RawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use super::fdpass;
 
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
@@ -29,30 +32,66 @@ pub enum LockError {
 /// Takes the lock file (flock(2), mode 0600) and writes this process's pid into it; never waits.
 ///
 /// The lock lasts until the last copy of the returned descriptor is closed, in this process or in another one that
-/// was handed a copy. The file stays: removing it would let two processes lock two files of the same name.
+/// was handed a copy. Only who holds it may remove the file, so one that was removed between opening and locking it is no
+/// lock: two processes would lock two files of the same name.
 ///
 /// # Errors
 /// [`LockError::Held`] names the holder.
 pub fn acquire(path: &Path) -> Result<File, LockError> {
     let failed = |source| LockError::Io { path: path.to_owned(), source };
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-        .map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(std::fs::TryLockError::WouldBlock) => {
-            return Err(LockError::Held { path: path.to_owned(), pid: holder(path) });
+    loop {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(path)
+            .map_err(failed)?;
+        take(&file, path)?;
+        if is_at(&file, path).map_err(failed)? {
+            claim(&mut file).map_err(failed)?;
+            return Ok(file);
         }
-        Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
     }
+}
+
+/// Goes on holding the lock that the program before this one in the same process held, or that whoever started us has
+/// handed over with its descriptor.
+///
+/// # Errors
+/// [`LockError::Io`] when the descriptor is not that of the lock file, [`LockError::Held`] when the lock had been given
+/// back and somebody else has it.
+pub fn inherit(path: &Path, descriptor: RawFd) -> Result<File, LockError> {
+    let failed = |source| LockError::Io { path: path.to_owned(), source };
+    let mut file = File::from(fdpass::inherited(descriptor).map_err(failed)?);
+    if !is_at(&file, path).map_err(failed)? {
+        let what = format!("descriptor {descriptor} is another file");
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, what)));
+    }
+    // Nothing happens where it is held, which it is by its descriptor and not by a process.
+    take(&file, path)?;
     claim(&mut file).map_err(failed)?;
     Ok(file)
+}
+
+fn take(file: &File, path: &Path) -> Result<(), LockError> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(LockError::Held { path: path.to_owned(), pid: holder(path) }),
+        Err(TryLockError::Error(source)) => Err(LockError::Io { path: path.to_owned(), source }),
+    }
+}
+
+/// Whether this is the file of that name.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let held = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (held.dev(), held.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Who wrote its pid into the lock file last. It may have ended since.
@@ -74,6 +113,8 @@ pub fn claim(file: &mut File) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::{AsFd as _, IntoRawFd as _, OwnedFd};
+
     use super::*;
 
     #[test]
@@ -94,6 +135,43 @@ mod tests {
         );
         drop(copy);
         acquire(&path).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_was_handed_over_stays_held_and_no_other_descriptor_is_taken_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pm.lock");
+        // Copies that stay open over exec, as the next program finds them.
+        let pass_on = |file: &File| {
+            let copy: OwnedFd = file.try_clone().unwrap().into();
+            fdpass::set_kept_over_exec(&[copy.as_fd()], true).unwrap();
+            copy.into_raw_fd()
+        };
+        let first = acquire(&path).unwrap();
+        let number = pass_on(&first);
+        drop(first);
+        let second = inherit(&path, number).unwrap();
+        assert!(matches!(acquire(&path), Err(LockError::Held { .. })));
+        assert!(matches!(inherit(&path, number), Err(LockError::Io { .. })), "once only");
+        // Opened, and never locked.
+        let free = pass_on(&File::open(&path).unwrap());
+        assert!(matches!(inherit(&path, free), Err(LockError::Held { .. })));
+        let other = pass_on(&File::open("/dev/null").unwrap());
+        let error = inherit(&path, other).unwrap_err();
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("another file"), "{error:?}");
+        drop(second);
+        acquire(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_any_more_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pm.lock");
+        let first = acquire(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        assert!(!is_at(&first, &path).unwrap());
+        let second = acquire(&path).unwrap();
+        assert!(is_at(&second, &path).unwrap() && !is_at(&first, &path).unwrap());
     }
 
     #[test]

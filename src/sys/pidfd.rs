@@ -66,6 +66,15 @@ pub fn send_signal(pidfd: impl AsFd, signal: i32) -> io::Result<()> {
     Ok(Errno::result(rc).map(drop)?)
 }
 
+/// Kills the process group whose first process has this pid. To be called while that one cannot have been reaped: then the
+/// number is not given to others.
+pub fn kill_group(pid: u32) {
+    if let Ok(pid @ 2..) = i32::try_from(pid) {
+        // A group without a process.
+        let _ = nix::sys::signal::killpg(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
 /// How the process ended (PIDFD_GET_INFO, Linux 6.15), also when it was not our child. `None` before it was reaped by
 /// its parent, and on older kernels.
 #[must_use]

@@ -1,10 +1,13 @@
 //! `pm run`: apps in the foreground, and as the first process of a container.
 
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::support::container::{Container, possible};
 use super::support::home::Running;
@@ -462,6 +465,68 @@ fn outside_of_a_container_it_ends_with_ctrl_c_and_takes_nothing_of_the_daemon_th
     assert_eq!(run.code, 0, "{run:#?}");
     assert_eq!(mine(), None, "its home is gone");
     assert_eq!(home.row("app").status, "online");
+}
+
+#[test]
+fn several_that_start_at_the_same_moment_have_a_home_each() {
+    let home = Home::new();
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for name in names {
+        // Long, so that reading it takes a moment: there are others who look for a home then.
+        let long = shell(name, "exec sleep 1000", "") + &"# nothing\n".repeat(500_000);
+        home.write(&format!("{name}.toml"), &long);
+    }
+    let start = |name: &&str| {
+        let mut command = home.command(&["run", &format!("{name}.toml")]);
+        command.env_remove("PM_HOME").env("XDG_RUNTIME_DIR", home.work());
+        Running::start(command, b"")
+    };
+    let running: Vec<Running> = names.iter().map(start).collect();
+    let homes = || {
+        let entries = std::fs::read_dir(home.work()).unwrap();
+        let names = entries.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+        names.filter(|name| name.starts_with("pm-")).collect::<Vec<String>>()
+    };
+    // Every lock that was seen held stays so, and goes with its file: in between, another one would take the home for free.
+    let lock_of = |dir: &String| {
+        std::fs::metadata(home.work_file(&format!("{dir}/pm.lock"))).map(|meta| meta.ino()).ok()
+    };
+    let mut held = BTreeSet::new();
+    wait_until("each has a supervisor", PATIENT, || {
+        let has_socket = |dir: &String| std::fs::metadata(home.work_file(&format!("{dir}/pm.sock"))).is_ok();
+        let began = Instant::now();
+        // Without a pause, because the moment would be a short one.
+        while Instant::now().duration_since(began) < millis(100) {
+            let locks = std::fs::read_to_string("/proc/locks").unwrap();
+            let is_held = |inode: u64| locks.contains(&format!(":{inode} 0 EOF"));
+            for inode in homes().iter().filter_map(lock_of) {
+                assert!(is_held(inode) || !held.contains(&inode), "given back: {inode}\n{locks}");
+                held.extend(Some(inode).filter(|&inode| is_held(inode)));
+            }
+        }
+        let ready = homes().iter().filter(|dir| has_socket(dir)).count();
+        if (ready, held.len()) == (names.len(), names.len()) { Ok(()) } else { Err((ready, held.len())) }
+    });
+    wait_until("each runs its own app", PATIENT, || {
+        let apps = |dir: &String| {
+            let list = home.pm(&["--home", &home.work_file(dir), "jlist"]);
+            let rows: Vec<Value> = serde_json::from_str(&list.out).unwrap_or_default();
+            rows.into_iter().map(|row| format!("{} {}", row["name"], row["pm2_env"]["status"])).collect()
+        };
+        let mut found: Vec<Vec<String>> = homes().iter().map(apps).collect();
+        found.sort();
+        let wanted: Vec<Vec<String>> =
+            names.iter().map(|name| vec![format!("\"{name}\" \"online\"")]).collect();
+        if found == wanted { Ok(()) } else { Err(found) }
+    });
+    for one in &running {
+        process::signal(one.pid(), Signal::SIGINT);
+    }
+    for one in running {
+        let run = one.end(PATIENT);
+        assert_eq!(run.code, 0, "{run:#?}");
+    }
+    assert_eq!(homes(), Vec::<String>::new(), "none is left");
 }
 
 #[test]

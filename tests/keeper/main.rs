@@ -46,6 +46,7 @@ fn keep(scenario: &str, dir: &str) -> ExitCode {
         }
     }
     config.oom_score_adj = Some(world::OOM_SCORE_ADJ);
+    config.foreground = scenario == scenarios::FAILING_SUPERVISORS;
     match keeper::run(config) {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
@@ -90,6 +91,9 @@ fn test(scenario: &str) -> Result<(), Failed> {
         if let Ok(pidfd) = pidfd::open(pid) {
             poll::wait(&[(pidfd.as_fd(), Interest::Read)], Some(deadline.since(clock::now())))?;
         }
+    }
+    if scenario == scenarios::FAILING_SUPERVISORS {
+        return Ok(scenarios::check_failed_end(dir.path(), status.code())?);
     }
     let result = result(dir.path());
     if result == "ok" && status.success() { Ok(()) } else { Err(format!("{status}: {result}").into()) }

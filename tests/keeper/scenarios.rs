@@ -6,6 +6,7 @@ use std::ffi::CString;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
 use std::time::Duration;
 
 use pm::keeper::link::Child;
@@ -36,6 +37,7 @@ pub(crate) const ALL: &[(&str, Scenario)] = &[
     ("exits_while_nobody_listens_are_told_later", exits_while_nobody_listens_are_told_later),
     ("signals_to_the_keeper_reach_the_supervisor", signals_to_the_keeper_reach_the_supervisor),
     ("quick_deaths_cost_the_blob", quick_deaths_cost_the_blob),
+    (FAILING_SUPERVISORS, a_foreground_keeper_ends_what_supervisors_fail_to_end),
     ("broken_frames_cost_the_supervisor_its_life", broken_frames_cost_the_supervisor_its_life),
     ("keeper_stays_small", keeper_stays_small),
     ("successor_of_one_that_dies_after_go", succession::successor_of_one_that_dies_after_go),
@@ -677,6 +679,66 @@ fn quick_deaths_cost_the_blob(world: &mut World) {
     // Restarted at once, then after 100, 200, 400 and 800 ms.
     let age = clock::now().since(clock::Moment::from_nanos(hello.started));
     assert!(age > Duration::from_millis(1_500), "{age:?}");
+}
+
+/// Its keeper is one in the foreground, and does not end with 0.
+pub(crate) const FAILING_SUPERVISORS: &str = "a_foreground_keeper_ends_what_supervisors_fail_to_end";
+
+fn a_foreground_keeper_ends_what_supervisors_fail_to_end(world: &mut World) {
+    let hello = world.inventory.hello.clone();
+    match hello.deaths {
+        0 => {
+            let (writer, reader) = pipe::ready_pipe().unwrap();
+            // One that obeys, and one that does not and has put a process of its own into a session of its own.
+            let obeys = world.start("obeys", &command(&["/bin/sleep", "300"])).unwrap();
+            let script = "trap '' TERM; setsid sleep 300 & echo $!; while :; do sleep 1; done";
+            let null = world.null.try_clone().unwrap();
+            let fds = [null.as_fd(), writer.as_fd(), null.as_fd()];
+            let request = world.ask("does not", &sh(script), &fds, &[]);
+            let stubborn = world.answer(request).unwrap();
+            let grandchild = read_line(&reader);
+            std::fs::write(world.dir.join("pids"), format!("{obeys} {stubborn} {grandchild}")).unwrap();
+            // Not counted: nobody has asked for an end.
+            std::process::exit(3);
+        }
+        1 => {
+            let keeper = pidfd::open(hello.keeper_pid).unwrap();
+            pidfd::send_signal(&keeper, libc::SIGHUP).unwrap();
+            world.expect(|message| *message == FromKeeper::Terminate { signal: libc::SIGHUP });
+            pidfd::send_signal(&keeper, libc::SIGTERM).unwrap();
+            world.expect(|message| *message == FromKeeper::Terminate { signal: libc::SIGTERM });
+            std::process::exit(3);
+        }
+        deaths => {
+            assert!(deaths < 9, "the keeper goes on for ever");
+            for pid in pids_of_failed_end(&world.dir) {
+                assert!(process_exists(pid), "too early");
+            }
+            std::fs::write(world.dir.join("deaths"), deaths.to_string()).unwrap();
+            std::process::exit(3);
+        }
+    }
+}
+
+fn pids_of_failed_end(dir: &Path) -> Vec<u32> {
+    let pids = std::fs::read_to_string(dir.join("pids")).unwrap();
+    pids.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+/// How that went, seen from outside.
+pub(crate) fn check_failed_end(dir: &Path, code: Option<i32>) -> Result<(), String> {
+    let deaths = std::fs::read_to_string(dir.join("deaths")).unwrap_or_default();
+    let result = std::fs::read_to_string(dir.join("result")).unwrap_or_default();
+    // The second was told, and five more were tried.
+    if (code, deaths.as_str(), result.as_str()) != (Some(1), "6", "") {
+        return Err(format!("exit code {code:?}, {deaths} deaths, {result:?}"));
+    }
+    for pid in pids_of_failed_end(dir) {
+        if process_exists(pid) && !status(pid, "State").starts_with('Z') {
+            return Err(format!("process {pid} was left"));
+        }
+    }
+    Ok(())
 }
 
 fn broken_frames_cost_the_supervisor_its_life(world: &mut World) {

@@ -18,6 +18,7 @@ pub(crate) const ALL: &[Scenario] = &[
         pain_19_startup_writes_a_notify_unit_without_pid_file_that_verifies,
     ),
     ("startup_refuses_what_it_must_not_do_and_says_what_would_work", startup_refuses),
+    ("paths_with_dollars_blanks_and_percent_signs_are_taken_as_they_are", odd_paths),
     ("a_daemon_that_was_started_by_hand_is_taken_over_with_its_apps", by_hand_is_taken_over),
     ("kill_9_of_the_keeper_leaves_one_keeper_one_supervisor_and_the_same_app_pids", killed_keeper),
     ("systemctl_restart_keeps_the_app_pids", restart_keeps_pids),
@@ -116,6 +117,32 @@ fn startup_refuses() {
     sh("pm startup --service-name pm-shop").says("is for another home").says("/srv/shop").code_is(1);
     ok("systemctl stop pm-shop; pm unstartup --service-name pm-shop --home /srv/shop; rm -rf /srv/shop");
     assert!(fs::metadata("/etc/systemd/system/pm-shop.service").is_err());
+}
+
+fn odd_paths() {
+    let (place, home) = ("/opt/a $b 1% ${c} $$d", "/srv/e $f 1% ${g} $$h");
+    ok(&format!("mkdir '{place}' '{home}'; cp /usr/local/bin/pm '{place}/pm'"));
+    sh(&format!("'{place}/pm' startup --service-name pm-odd --home '{home}'")).succeeds().says_not("warning");
+    assert_eq!(ok("systemctl is-active pm-odd"), "active");
+    let mounts = ok("systemctl show pm-odd --value -p RequiresMountsFor");
+    // Shown as a shell would have it.
+    assert!(mounts.replace('\\', "").contains(home), "{mounts}");
+    let words = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let keeper = ok("systemctl show pm-odd --value -p MainPID");
+    assert!(words(&keeper).ends_with(&format!("\0daemon\0--home\0{home}\0")), "{}", words(&keeper));
+    assert_eq!(fs::read_link(format!("/proc/{keeper}/exe")).unwrap(), Path::new(place).join("pm"));
+    ok(&format!("pm --home '{home}' start sleep --name odd -- 1000"));
+    let pid = ok(&format!("pm --home '{home}' pid odd"));
+    ok("systemctl reload pm-odd");
+    ok("systemctl restart pm-odd");
+    assert_eq!(
+        ok(&format!("pm --home '{home}' pid odd")),
+        pid,
+        "ExecReload and ExecStop find program and home"
+    );
+    ok(&format!("systemctl stop pm-odd; '{place}/pm' unstartup --service-name pm-odd --home '{home}'"));
+    assert!(!alive(pid.parse().unwrap()));
+    ok(&format!("rm -rf '{place}' '{home}'"));
 }
 
 fn by_hand_is_taken_over() {

@@ -4,8 +4,9 @@
 //! one supervisor, and nothing else.
 
 use std::env;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -19,21 +20,24 @@ use crate::config::file::DEFAULT_NAME;
 use crate::ipc::protocol::Request;
 use crate::model::foreground::{Foreground, LineForm, VARIABLE};
 use crate::model::spec::AppSpec;
+use crate::store::container;
 use crate::store::paths::Home;
+use crate::sys::fdpass;
 use crate::sys::lock::{self, LockError};
 
 /// Returns only when there is nothing to run.
 pub(super) fn run(args: &Run, context: &mut Context) -> Result<(), CliError> {
-    let temporary_home = context.temporary_home;
-    let outcome = become_daemon(args, context);
-    if temporary_home {
+    let lock = context.temporary_home.take();
+    let outcome = become_daemon(args, context, lock.as_ref());
+    if let Some(lock) = lock {
         // It was made for nothing.
-        let _ = fs::remove_dir_all(context.home.dir());
+        container::remove(&context.home, &lock);
     }
     outcome
 }
 
-fn become_daemon(args: &Run, context: &mut Context) -> Result<(), CliError> {
+/// `made`: the lock of a home that was made for this.
+fn become_daemon(args: &Run, context: &mut Context, made: Option<&File>) -> Result<(), CliError> {
     let wishes = Wishes::new(&args.app, &args.file, &args.args)?;
     let Wanted { specs, settings, on_hangup } = described(args, &wishes, context)?;
     let form = match (context.json, args.raw) {
@@ -44,17 +48,30 @@ fn become_daemon(args: &Run, context: &mut Context) -> Result<(), CliError> {
     let cwd =
         env::current_dir().map_err(|source| CliError::File { what: "find", path: ".".into(), source })?;
     let colors = context.terminal.look().color_out && io::stdout().is_terminal();
-    let temporary_home = context.temporary_home;
+    let temporary_home = made.is_some();
     let foreground = Foreground { form, colors, on_hangup, cwd, temporary_home };
     let requests: Vec<Request> =
         settings.requests().chain([Request::Start { specs, shell: specs::shell() }]).collect();
+    context.home.create()?;
+    let taken;
+    let lock = match made {
+        Some(lock) => lock,
+        None => {
+            taken = take_lock(&context.home)?;
+            &taken
+        }
+    };
     prepare(&context.home, &requests)?;
     context.terminal.flush()?;
     let program = &context.surroundings.program;
+    // The daemon goes on holding it: in between, somebody else would find a home that nobody has.
+    fdpass::set_kept_over_exec(&[lock.as_fd()], true)
+        .map_err(|source| CliError::HomeFile { path: context.home.lock(), source })?;
     let source = Command::new(program)
         .arg0("pm")
         .args(["daemon", "--home"])
         .arg(context.home.dir())
+        .args(["--lock", &lock.as_raw_fd().to_string()])
         .env(VARIABLE, foreground.to_text())
         .env_remove("PM_HOME")
         .exec();
@@ -108,15 +125,9 @@ fn described(args: &Run, wishes: &Wishes, context: &mut Context) -> Result<Wante
     Ok(Wanted { specs: file.apps, settings: file.settings, on_hangup })
 }
 
-/// Leaves what is to be started in a home that holds nothing else of its past: the file is what counts.
-fn prepare(home: &Home, requests: &[Request]) -> Result<(), CliError> {
-    home.create()?;
-    let file = |path: &Path| {
-        let path = path.to_owned();
-        move |source| CliError::HomeFile { path, source }
-    };
-    // Given back a moment before the daemon takes it: two of them, and one refuses to begin.
-    let _held = lock::acquire(&home.lock()).map_err(|error| match error {
+/// Makes sure that nobody else uses a home that was named.
+fn take_lock(home: &Home) -> Result<File, CliError> {
+    lock::acquire(&home.lock()).map_err(|error| match error {
         LockError::Held { pid, .. } => CliError::Refused(crate::ipc::protocol::Refused {
             code: code::BUSY,
             message: format!("a daemon is running already for {}", home.dir().display()),
@@ -127,7 +138,15 @@ fn prepare(home: &Home, requests: &[Request]) -> Result<(), CliError> {
             ),
         }),
         LockError::Io { path, source } => CliError::HomeFile { path, source },
-    })?;
+    })
+}
+
+/// Leaves what is to be started in a home that holds nothing else of its past: the file is what counts.
+fn prepare(home: &Home, requests: &[Request]) -> Result<(), CliError> {
+    let file = |path: &Path| {
+        let path = path.to_owned();
+        move |source| CliError::HomeFile { path, source }
+    };
     for path in [home.state(), home.state_before()] {
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(file(&path)(source)),

@@ -435,7 +435,7 @@ impl Keeper {
     }
 }
 
-fn kill(pid: u32) {
+pub(super) fn kill(pid: u32) {
     // Our unreaped child: its pid cannot mean anybody else. An error means that it has ended by itself.
     let _ = pidfd::open(pid).and_then(|fd| pidfd::send_signal(fd, libc::SIGKILL));
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::super::launch::{self, Descriptors, Launch, Role};
 use super::super::ready;
 use super::super::rights::{self, Rights, owner_of};
-use super::super::tag::{Held, Nonce, Tag};
+use super::super::tag::{Held, Tag};
 use super::probes::log_watch;
 use super::{End, Run, World, hooks};
 use crate::dispatch::{ChannelKind, Command, Greeting, NewInstance};
@@ -93,7 +93,7 @@ impl World {
         revision: u64,
         shell: &Shell,
     ) -> Result<StartedFrom, NotStarted> {
-        let tag = Tag { id: id.clone(), pm_id, revision, nonce: Nonce::new(self.mark) };
+        let tag = Tag::new(id.clone(), pm_id, revision, self.mark);
         let token = tag.token();
         let rights = Rights::of(&spec.process).map_err(|error| NotStarted::never(&error))?;
         for reason in self.groups.unenforced(spec).map_err(|error| NotStarted::never(&error))? {
