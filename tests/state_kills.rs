@@ -163,6 +163,15 @@ fn broken(manner: &str, kills: u32) -> Result<Vec<String>, Failed> {
                 } else if loaded.state != state(number) {
                     wrong.push(format!("after {acknowledged}: not the whole of it"));
                 }
+                let environments = fs::read_dir(dir.path().join("env"))?.count();
+                // Of the state, the one before it, one that was to come, and one half written.
+                if environments > 4 {
+                    wrong.push(format!("after {acknowledged}: {environments} environments"));
+                }
+                let before = StateStore::new(dir.path().join("state.json.prev"), dir.path().join("env"));
+                if let Some(warning) = { before }.load()?.warning {
+                    wrong.push(format!("before {acknowledged}: {warning}"));
+                }
                 in_flight += u32::from(number != acknowledged);
                 newest = number;
             }

@@ -24,6 +24,7 @@ use crate::ipc::protocol::{
 };
 use crate::model::id::{AppName, OpId};
 use crate::store::paths::{Home, user_name};
+use crate::sys::clock::{self, Moment};
 use crate::sys::peer;
 
 /// How long a daemon may take from its start to its socket. Generous: a hundred commands may start at once.
@@ -247,6 +248,7 @@ impl Session {
         let mut kept = request.clone();
         let mut done: Option<OperationView> = None;
         let mut attempts = 1;
+        let mut asked = clock::now();
         let mut ended = self.connection.call(op, request, &mut hear);
         let mut deadline = None;
         let mut connected = Instant::now();
@@ -265,6 +267,7 @@ impl Session {
                                     attempts += 1;
                                     deadline = None;
                                     (op, kept, done) = (new_op(), request, Some(view));
+                                    asked = clock::now();
                                     ended = self.connection.call(op, kept.clone(), &mut hear);
                                     continue;
                                 }
@@ -276,6 +279,7 @@ impl Session {
                         Answer::NeverBegun if attempts < ATTEMPTS => {
                             attempts += 1;
                             deadline = None;
+                            asked = clock::now();
                             ended = self.connection.call(op, kept.clone(), &mut hear);
                             continue;
                         }
@@ -315,7 +319,7 @@ impl Session {
             let deadline = *deadline.get_or_insert(now + OUTCOME_PATIENCE);
             self.reconnect(deadline)?;
             connected = Instant::now();
-            ended = self.outcome(op, &mut hear);
+            ended = self.outcome(op, asked, &mut hear);
         }
     }
 
@@ -344,8 +348,13 @@ impl Session {
         }
     }
 
-    fn outcome(&mut self, op: OpId, hear: &mut impl FnMut(Heard) -> Listen) -> Result<Ended, CodecError> {
-        self.connection.call(new_op(), Request::Outcome { op }, hear)
+    fn outcome(
+        &mut self,
+        op: OpId,
+        asked: Moment,
+        hear: &mut impl FnMut(Heard) -> Listen,
+    ) -> Result<Ended, CodecError> {
+        self.connection.call(new_op(), Request::Outcome { op, asked: Some(asked) }, hear)
     }
 
     fn reconnect(&mut self, deadline: Instant) -> Result<(), CliError> {

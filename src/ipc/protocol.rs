@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 use crate::model::figures::NodeFigures;
 use crate::model::id::{AppName, Generation, OpId, PmId, Slot};
 pub use crate::model::mask::MASK;
+use crate::model::moment::Moment;
 use crate::model::saved::HookKind;
 use crate::model::spec::AppSpec;
 use crate::model::status::Status;
@@ -187,6 +188,10 @@ pub enum Request {
     Outcome {
         /// Which.
         op: OpId,
+        /// When it was asked for, so that what was forgotten meanwhile is not taken for what was never begun. Earlier
+        /// versions do not say.
+        #[serde(default)]
+        asked: Option<Moment>,
     },
 }
 

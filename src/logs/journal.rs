@@ -427,9 +427,8 @@ impl Journal {
         pipe: impl AsFd,
         limit: usize,
     ) -> nix::Result<usize> {
-        self.prepare(stream, held);
-        self.header[word::STATE].store(state::LANDING, Release);
-        let landed = shared_memory::receive(pipe, &self.file, ZONE_AT + LANDING as u64, limit.min(CHUNK));
+        self.prepare(stream, held)?;
+        let landed = shared_memory::receive(pipe, &self.file, limit.min(CHUNK));
         match landed {
             Ok(count) if count > 0 => {
                 self.landed(LANDING + count);
@@ -452,12 +451,17 @@ impl Journal {
         self.landed(ZONE);
     }
 
-    fn prepare(&mut self, stream: StreamKey, held: &[u8]) {
+    /// From here on the memory's file position says how much has left the pipe.
+    fn prepare(&mut self, stream: StreamKey, held: &[u8]) -> nix::Result<()> {
         let begin = LANDING - held.len().min(LANDING);
         self.zone[begin..LANDING].copy_from_slice(&held[..LANDING - begin]);
         (self.stream, self.begin) = (stream, begin);
         self.header[word::STREAM].store(stream, Release);
         self.header[word::BEGIN].store(begin as u64, Release);
+        // It still counts the chunk before: whoever finds it beyond the landing point takes that for what has arrived.
+        shared_memory::seek(&self.file, ZONE_AT + LANDING as u64)?;
+        self.header[word::STATE].store(state::LANDING, Release);
+        Ok(())
     }
 
     fn landed(&mut self, end: usize) {
@@ -571,4 +575,44 @@ fn kept_of(word: u64) -> Option<(u32, usize)> {
 
 fn slot_at(slot: u32) -> u64 {
     POOL_AT + u64::from(slot) * POOL_SLOT
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::unistd::write;
+
+    use super::*;
+    use crate::model::id::{AppName, Generation, Slot};
+    use crate::sys::pipe;
+
+    fn stream(app: &str) -> u128 {
+        let app = AppName::new(app).unwrap();
+        name_of(&InstanceId { app, slot: Slot(0), generation: Generation(1) }, Stream::Out)
+    }
+
+    #[test]
+    fn a_chunk_that_is_done_is_not_taken_for_what_arrives_next() {
+        let (ours, theirs) = pipe::pipe_for_output().unwrap();
+        let memory = create().unwrap();
+        let mut killed = Journal::open(memory.try_clone().unwrap()).unwrap();
+        let api = killed.enter(stream("api"));
+        let web = killed.enter(stream("web"));
+        write(&theirs, b"api is in its file\n").unwrap();
+        assert_eq!(killed.receive(api, b"", &ours, CHUNK), Ok(19));
+        killed.done(0..0);
+        // Killed before anything has left the pipe of the other one.
+        killed.prepare(web, b"").unwrap();
+        drop(killed);
+        let mut next = Journal::open(memory.try_clone().unwrap()).unwrap();
+        let web = next.enter(stream("web"));
+        assert_eq!(next.remembered(web), Remembered::default());
+        // Killed after it.
+        write(&theirs, b"from the pipe\n").unwrap();
+        next.prepare(web, b"held ").unwrap();
+        assert_eq!(shared_memory::receive(&ours, &next.file, CHUNK), Ok(14));
+        drop(next);
+        let mut last = Journal::open(memory).unwrap();
+        let web = last.enter(stream("web"));
+        assert_eq!(last.remembered(web).held, b"held from the pipe\n");
+    }
 }

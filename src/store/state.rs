@@ -3,7 +3,8 @@
 //! A write goes to a file aside, fsync, rename, fsync of the directory; the state before it stays as `state.json.prev`.
 //! So a crash at any instant, a full disk or a failing one leaves the last acknowledged state readable. What fails is
 //! taken back, because whoever asked is told that nothing was changed. Environments lie in `env/` under the hash of
-//! their content, 0600 and never in state.json: a hundred apps started from one shell share one file.
+//! their content, 0600 and never in state.json: a hundred apps started from one shell share one file. Those that neither
+//! state refers to are removed, also what an earlier life left that was killed in the middle: secrets are in them.
 //!
 //! Never goes back in time by itself: the state before is read only when the newest one is not there or is no state.
 //! One that cannot be read now, or is of a newer pm, is an error.
@@ -94,8 +95,12 @@ pub struct StateStore {
     env_dir: PathBuf,
     /// Files known to lie in `env/`, whole.
     written: BTreeSet<String>,
+    /// Those of the state before, which nobody has looked into.
+    others: BTreeSet<String>,
     /// What lies in `file` is no state, and must not take the place of the one before it.
     damaged: bool,
+    /// What earlier lives left in `env/` is gone.
+    tidied: bool,
 }
 
 /// What was loaded, and what is to be said about it.
@@ -111,7 +116,8 @@ impl StateStore {
     /// A store that keeps its state in `file` and environments in `env_dir`.
     #[must_use]
     pub fn new(file: PathBuf, env_dir: PathBuf) -> Self {
-        Self { file, env_dir, written: BTreeSet::new(), damaged: false }
+        let (written, others) = (BTreeSet::new(), BTreeSet::new());
+        Self { file, env_dir, written, others, damaged: false, tidied: false }
     }
 
     /// Reads the state, or the one before it when the newest is no state or is not there.
@@ -184,11 +190,47 @@ impl StateStore {
         Ok(Some(State { fleet: file.fleet, shells }))
     }
 
+    /// Removes what earlier lives left in `env/` and no state refers to. Only for the one who writes: an environment is
+    /// written before the state that refers to it.
+    pub fn tidy(&mut self) {
+        self.tidied = true;
+        let Some(named) = self.named() else { return };
+        let is_stale = |name: &str| {
+            // One that is being written when nobody writes.
+            let whole = name.strip_suffix(".new");
+            is_shell_file_name(whole.unwrap_or(name)) && (whole.is_some() || !named.contains(name))
+        };
+        // What cannot be listed or removed is looked at again by the next life.
+        for entry in fs::read_dir(&self.env_dir).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().is_some_and(is_stale) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        self.others = named;
+    }
+
+    /// The environments that the state and the one before it refer to. `None` when one of them cannot be read, or both are
+    /// missing: what they refer to may be needed once they are back.
+    fn named(&self) -> Option<BTreeSet<String>> {
+        let states = [names_in(&self.file), names_in(&previous_of(&self.file))];
+        if states.iter().all(|names| matches!(names, Ok(None))) {
+            return None;
+        }
+        let mut named = BTreeSet::new();
+        for names in states {
+            named.extend(names.ok()?.unwrap_or_default());
+        }
+        Some(named)
+    }
+
     /// Writes the state durably, then removes environments that nothing refers to any more.
     ///
     /// # Errors
     /// When any step fails; the state that was on disk before is the one that will be read then.
     pub fn save(&mut self, state: &State) -> Result<(), StateError> {
+        if !self.tidied {
+            self.tidy();
+        }
         let mut shells = BTreeMap::new();
         for (app, shell) in &state.shells {
             let name = shell_file_name(shell);
@@ -206,12 +248,19 @@ impl StateStore {
         let keep = if self.damaged { damaged_of(&self.file) } else { previous_of(&self.file) };
         write_durably(&self.file, &text, Some(&keep))?;
         self.damaged = false;
-        // The previous state may still refer to them; should it ever be needed, its apps get a bare environment.
-        let gone: Vec<String> = self.written.difference(&in_use).cloned().collect();
-        if gone.len() > 16 {
-            for name in gone {
-                if fs::remove_file(self.env_dir.join(&name)).is_ok() {
+        let known = self.written.union(&self.others);
+        let stale: Vec<String> = known.filter(|name| !in_use.contains(*name)).cloned().collect();
+        if !stale.is_empty()
+            && let Some(named) = self.named()
+        {
+            for name in stale.into_iter().filter(|name| !named.contains(name)) {
+                let gone = match fs::remove_file(self.env_dir.join(&name)) {
+                    Ok(()) => true,
+                    Err(error) => error.kind() == io::ErrorKind::NotFound,
+                };
+                if gone {
                     self.written.remove(&name);
+                    self.others.remove(&name);
                 }
             }
         }
@@ -257,6 +306,28 @@ fn shell_file_name(shell: &BTreeMap<String, String>) -> String {
     let mut hasher = DefaultHasher::new();
     shell.hash(&mut hasher);
     format!("{:016x}.json", hasher.finish())
+}
+
+fn is_shell_file_name(name: &str) -> bool {
+    let hash = name.strip_suffix(".json").unwrap_or_default();
+    hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// The environments that a state file refers to; `None` where there is no such file.
+fn names_in(file: &Path) -> io::Result<Option<BTreeSet<String>>> {
+    #[derive(Deserialize)]
+    struct Names {
+        #[serde(default)]
+        shells: BTreeMap<String, String>,
+    }
+    match fs::read(file) {
+        Ok(text) => {
+            let names: Names = serde_json::from_slice(&text)?;
+            Ok(Some(names.shells.into_values().collect()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The variables in a file, and whether they are all there: `Err` says why not.
@@ -420,6 +491,74 @@ mod tests {
         next.load().unwrap();
         next.save(&state(7)).unwrap();
         assert_eq!(store(dir.path()).load().unwrap().state, state(7));
+    }
+
+    fn with_shell(number: u32) -> State {
+        let mut state = state(number);
+        let shell = Arc::new(BTreeMap::from([("SECRET".to_owned(), number.to_string())]));
+        state.shells.values_mut().for_each(|known| *known = Arc::clone(&shell));
+        state
+    }
+
+    fn environments(dir: &Path) -> BTreeSet<String> {
+        let entries = fs::read_dir(dir.join("env")).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn environments_of_many_lives_do_not_pile_up_and_what_either_state_refers_to_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        for life in 1..30 {
+            let mut own = store(dir.path());
+            own.load().unwrap();
+            own.save(&with_shell(2 * life)).unwrap();
+            own.save(&with_shell(2 * life + 1)).unwrap();
+            // Killed when the environment was written and not the state, or in the middle of it.
+            fs::write(dir.path().join(format!("env/{life:016x}.json")), r#"{"SECRET":"x"}"#).unwrap();
+            fs::write(dir.path().join(format!("env/{:016x}.json.new", life + 99)), r#"{"SEC"#).unwrap();
+            assert!(environments(dir.path()).len() <= 4, "{life}: {:?}", environments(dir.path()));
+        }
+        fs::write(dir.path().join("env/README"), "somebody's").unwrap();
+        let mut last = store(dir.path());
+        assert_eq!(last.load().unwrap().state, with_shell(59));
+        assert_eq!(environments(dir.path()).len(), 5, "only to load changes nothing");
+        last.tidy();
+        assert_eq!(environments(dir.path()).len(), 3);
+        fs::remove_file(dir.path().join("state.json")).unwrap();
+        let before = store(dir.path()).load().unwrap();
+        assert_eq!((before.state, before.warning), (with_shell(58), None));
+    }
+
+    #[test]
+    fn nothing_is_tidied_while_it_is_not_known_what_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        store(dir.path()).save(&with_shell(1)).unwrap();
+        store(dir.path()).save(&with_shell(2)).unwrap();
+        let all = environments(dir.path());
+        assert_eq!(all.len(), 2);
+        let file = |suffix: &str| dir.path().join(format!("state.json{suffix}"));
+        fs::rename(file(""), file(".kept")).unwrap();
+        fs::write(file(""), "garbage").unwrap();
+        store(dir.path()).tidy();
+        assert_eq!(environments(dir.path()), all);
+        // Moved away, to begin with an empty list for a while.
+        fs::rename(file(".prev"), file(".prev.kept")).unwrap();
+        fs::remove_file(file("")).unwrap();
+        store(dir.path()).tidy();
+        assert_eq!(environments(dir.path()), all);
+    }
+
+    #[test]
+    fn an_environment_is_gone_when_neither_state_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut own = store(dir.path());
+        for number in 1..40 {
+            own.save(&with_shell(number)).unwrap();
+            assert!(environments(dir.path()).len() <= 2);
+        }
+        own.save(&State::default()).unwrap();
+        own.save(&State::default()).unwrap();
+        assert_eq!(environments(dir.path()), BTreeSet::new());
     }
 
     /// Runs something on a thread whose system calls of these numbers fail with `errno`.

@@ -19,7 +19,7 @@ const REMEMBERED: usize = 256;
 /// The same, counted in apps: outcomes of `restart all` are as long as the list. The newest is kept in any case.
 const REMEMBERED_APPS: usize = 256;
 
-/// How long an outcome is kept for the next supervisor: longer than a client asks for it.
+/// How long an outcome is kept for the next supervisor: longer than a client asks for it, unless it was stopped (Ctrl-Z).
 const ASKED_WITHIN: Duration = Duration::from_secs(15);
 
 /// How an operation ended.
@@ -32,6 +32,8 @@ pub struct Operations {
     ended: VecDeque<Past>,
     /// Everything that an earlier supervisor was asked is known, so that what is not was never begun.
     complete: bool,
+    /// When the last operation ended that is not known any more. What was asked for later is known.
+    forgotten: Moment,
     changes: u64,
 }
 
@@ -72,6 +74,8 @@ pub struct OperationsMemo {
     not_begun: Vec<(OpId, Vec<AppName>)>,
     /// With the outcome as JSON: the protocol's types are made for that.
     ended: Vec<(OpId, Moment, String)>,
+    /// When the last operation ended that is in none of these.
+    forgotten: Moment,
 }
 
 /// What is known of an operation that a client asks about.
@@ -89,14 +93,16 @@ impl Operations {
     /// Takes over what an earlier supervisor was asked; `None` when that is lost, or there was none. Returns the
     /// operations that have to be asked for again.
     pub fn adopt(&mut self, memo: Option<OperationsMemo>, saved: &SavedFleet) -> Vec<OpId> {
-        let Some(OperationsMemo { under_way, not_begun, ended }) = memo else { return Vec::new() };
+        let Some(OperationsMemo { under_way, not_begun, ended, forgotten }) = memo else { return Vec::new() };
         let mut judged: BTreeMap<OpId, Vec<AppName>> = not_begun.into_iter().collect();
         self.complete = true;
-        let outcome = |(op, at, text): (OpId, Moment, String)| {
-            let ended = serde_json::from_str::<Ended>(&text).ok()?;
-            Some(Past { op, at, ended, text })
-        };
-        self.ended.extend(ended.into_iter().filter_map(outcome));
+        self.forgotten = forgotten;
+        for (op, at, text) in ended {
+            match serde_json::from_str::<Ended>(&text) {
+                Ok(ended) => self.ended.push_back(Past { op, at, ended, text }),
+                Err(_) => self.forgotten = self.forgotten.max(at),
+            }
+        }
         let mut again = Vec::new();
         for memo in under_way.into_iter().filter(|memo| memo.has_begun(saved)) {
             if memo.aim == Aim::Kill {
@@ -117,6 +123,8 @@ impl Operations {
     /// For the next supervisor.
     #[must_use]
     pub fn memo(&self, now: Moment) -> OperationsMemo {
+        let (kept, dropped): (Vec<&Past>, Vec<&Past>) =
+            self.ended.iter().partition(|past| now.since(past.at) < ASKED_WITHIN);
         OperationsMemo {
             under_way: self.under_way.values().filter_map(|operation| operation.memo.clone()).collect(),
             not_begun: self
@@ -125,12 +133,8 @@ impl Operations {
                 .filter(|(_, operation)| operation.inherited)
                 .map(|(op, operation)| (*op, operation.not_begun.clone()))
                 .collect(),
-            ended: self
-                .ended
-                .iter()
-                .filter(|past| now.since(past.at) < ASKED_WITHIN)
-                .map(|past| (past.op, past.at, past.text.clone()))
-                .collect(),
+            ended: kept.into_iter().map(|past| (past.op, past.at, past.text.clone())).collect(),
+            forgotten: dropped.into_iter().map(|past| past.at).fold(self.forgotten, Moment::max),
         }
     }
 
@@ -150,8 +154,8 @@ impl Operations {
         }
     }
 
-    /// Another client waits for the same operation, or gets its outcome at once.
-    pub fn join(&mut self, op: OpId, client: &Replies) -> Known {
+    /// Another client waits for the same operation, which was `asked` for then, or gets its outcome at once.
+    pub fn join(&mut self, now: Moment, op: OpId, asked: Option<Moment>, client: &Replies) -> Known {
         if let Some(operation) = self.under_way.get_mut(&op) {
             operation.clients.push(client.clone());
             return Known::Joined;
@@ -161,8 +165,17 @@ impl Operations {
                 let _ = client.send(reply(past.ended.clone()));
                 Known::Joined
             }
-            None if self.complete => Known::NeverBegun,
+            None if self.complete && self.knows_all_since(now, asked) => Known::NeverBegun,
             None => Known::Lost,
+        }
+    }
+
+    /// Whether an operation that was asked for then, or that a client asks about who does not say when, would be known: it
+    /// cannot have ended before.
+    fn knows_all_since(&self, now: Moment, asked: Option<Moment>) -> bool {
+        match asked {
+            Some(asked) => asked > self.forgotten,
+            None => self.forgotten == Moment::default() || now.since(self.forgotten) >= ASKED_WITHIN,
         }
     }
 
@@ -227,7 +240,9 @@ impl Operations {
         self.ended.push_back(Past::new(op, now, ended));
         let mut apps: usize = self.ended.iter().map(|past| size(&past.ended)).sum();
         while self.ended.len() > 1 && (self.ended.len() > REMEMBERED || apps > REMEMBERED_APPS) {
-            apps -= self.ended.pop_front().map_or(0, |past| size(&past.ended));
+            let Some(past) = self.ended.pop_front() else { break };
+            apps -= size(&past.ended);
+            self.forgotten = self.forgotten.max(past.at);
         }
         self.changes += 1;
     }
@@ -277,9 +292,34 @@ mod tests {
     #[test]
     fn what_nobody_noted_was_never_begun_unless_the_notes_are_lost() {
         let (client, _) = unbounded_channel();
-        assert_eq!(Operations::default().join(OP, &client), Known::Lost);
+        assert_eq!(Operations::default().join(at(1), OP, Some(at(1)), &client), Known::Lost);
         let mut next = next_after(&Operations::default(), at(1));
-        assert_eq!(next.join(OP, &client), Known::NeverBegun);
+        assert_eq!(next.join(at(2), OP, Some(at(1)), &client), Known::NeverBegun);
+        assert_eq!(next.join(at(2), OP, None, &client), Known::NeverBegun);
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_called_never_begun() {
+        let ended = || Ok(OperationView { ok: true, apps: Vec::new() });
+        let (client, _) = unbounded_channel();
+        let mut operations = Operations::default();
+        operations.end(at(100), OP, ended());
+        // Two supervisors later; the client was stopped meanwhile.
+        let second = next_after(&operations, at(120));
+        let mut third = next_after(&second, at(200));
+        assert_eq!(third.join(at(200), OP, Some(at(99)), &client), Known::Lost);
+        assert_eq!(third.join(at(200), OpId(8), Some(at(199)), &client), Known::NeverBegun);
+        // Nor is what there were too many of, a moment ago.
+        let mut busy = next_after(&Operations::default(), at(1));
+        for op in 0..=REMEMBERED as u64 {
+            busy.end(at(300), OpId(op), ended());
+        }
+        for operations in [&mut next_after(&busy, at(301)), &mut busy] {
+            assert_eq!(operations.join(at(301), OpId(0), Some(at(299)), &client), Known::Lost);
+            assert_eq!(operations.join(at(301), OpId(0), None, &client), Known::Lost);
+            assert_eq!(operations.join(at(301), OpId(1), Some(at(299)), &client), Known::Joined);
+            assert_eq!(operations.join(at(302), OpId(9999), Some(at(301)), &client), Known::NeverBegun);
+        }
     }
 
     #[test]
@@ -289,13 +329,13 @@ mod tests {
         operations.end(at(1), OP, Ok(OperationView { ok: false, apps: Vec::new() }));
         assert_ne!(operations.changes(), before);
         let (client, mut replies) = unbounded_channel();
-        assert_eq!(next_after(&operations, at(5)).join(OP, &client), Known::Joined);
+        assert_eq!(next_after(&operations, at(5)).join(at(5), OP, Some(at(0)), &client), Known::Joined);
         let reply = replies.try_recv().unwrap();
         assert!(
             matches!(reply, Reply::Answer(Answer::Operation(OperationView { ok: false, .. }))),
             "{reply:?}"
         );
-        assert_eq!(next_after(&operations, at(60)).join(OP, &client), Known::NeverBegun);
+        assert_eq!(next_after(&operations, at(60)).join(at(60), OP, Some(at(0)), &client), Known::Lost);
     }
 
     #[test]
@@ -307,12 +347,13 @@ mod tests {
         for (op, aim) in
             [(OP, Aim::Apps(vec![start])), (OpId(8), Aim::Apps(vec![delete])), (OpId(9), Aim::Kill)]
         {
-            operations.begin(op, Some(OperationMemo { op, aim }), client.clone());
+            operations.begin(op, Some(OperationMemo { op, aim, entries: Vec::new() }), client.clone());
         }
         let mut next = Operations::default();
         assert_eq!(next.adopt(Some(operations.memo(at(1))), &SavedFleet::default()), [OpId(9)]);
-        assert_eq!(next.join(OP, &client), Known::NeverBegun, "there is no such app");
-        assert_eq!(next.join(OpId(8), &client), Known::Joined, "it is gone already");
-        assert_eq!(next.join(OpId(9), &client), Known::Joined);
+        let mut join = |op| next.join(at(2), op, Some(at(1)), &client);
+        assert_eq!(join(OP), Known::NeverBegun, "there is no such app");
+        assert_eq!(join(OpId(8)), Known::Joined, "it is gone already");
+        assert_eq!(join(OpId(9)), Known::Joined);
     }
 }

@@ -7,9 +7,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::fnv;
 use crate::ipc::protocol::{AppResult, Failure, OperationView};
 use crate::model::id::{AppName, OpId, Slot};
 use crate::model::saved::{Desired, SavedApp, SavedFleet};
+use crate::model::spec::AppSpec;
 use crate::model::status::Status;
 use crate::policy::fleet::{AppView, Fleet};
 use crate::policy::plan::{Measure, Planned};
@@ -22,6 +24,9 @@ pub struct OperationMemo {
     pub op: OpId,
     /// What was asked.
     pub aim: Aim,
+    /// What is to be on the list, with nothing to wait for.
+    #[serde(default)]
+    pub entries: Vec<Entry>,
 }
 
 /// What an operation wants.
@@ -42,6 +47,52 @@ pub struct AppAim {
     goal: Goal,
     /// The verb in past tense.
     what: Past,
+}
+
+/// An app that is to be on the list: rules of what runs, or something that is not to run now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    app: AppName,
+    /// A hash of its spec. Another version of pm may come to another one, and then it is asked for once more.
+    spec: u64,
+    what: Listed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Listed {
+    New,
+    Updated,
+}
+
+impl Listed {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::New => "listed as stopped",
+            Self::Updated => "updated",
+        }
+    }
+}
+
+impl Entry {
+    fn new(spec: &AppSpec, what: Listed) -> Self {
+        Self { app: spec.name.clone(), spec: hash_of(spec), what }
+    }
+
+    fn found<'a>(&self, saved: &'a SavedFleet) -> Option<&'a SavedApp> {
+        saved.apps.iter().find(|app| app.spec.name == self.app && hash_of(&app.spec) == self.spec)
+    }
+
+    fn result(&self, saved: &SavedFleet) -> AppResult {
+        let word = self.what.word();
+        match self.found(saved) {
+            Some(app) => done(&self.app, word, app.slots.len()),
+            None => failed(&self.app, word, ""),
+        }
+    }
+}
+
+fn hash_of(spec: &AppSpec) -> u64 {
+    fnv::hash(&serde_json::to_vec(spec).unwrap_or_default())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +136,7 @@ impl OperationMemo {
     /// What is to be noted of a command; `None` for those that end in the turn in which they are asked.
     #[must_use]
     pub fn of(op: OpId, command: &Command, fleet: &Fleet) -> Option<Self> {
+        let mut entries = Vec::new();
         let aims = match command {
             Command::Start { specs } => specs
                 .iter()
@@ -98,12 +150,11 @@ impl OperationMemo {
                     AppAim { app: spec.name.clone(), slots: None, goal, what }
                 })
                 .collect(),
-            Command::Apply { specs, all, file, prune } => fleet
-                .plan(specs, all, file, *prune)
-                .steps
-                .iter()
-                .filter_map(|step| planned(step, fleet))
-                .collect(),
+            Command::Apply { specs, all, file, prune } => {
+                let steps = fleet.plan(specs, all, file, *prune).steps;
+                entries = steps.iter().filter_map(entry).collect();
+                steps.iter().filter_map(|step| planned(step, fleet)).collect()
+            }
             Command::Act { verb, selection, .. } => {
                 selection.iter().map(|selected| act(*verb, selected, fleet)).collect()
             }
@@ -115,38 +166,48 @@ impl OperationMemo {
                     what: Past::Scaled,
                 }]
             }
-            Command::Resurrect { saved } => saved
-                .apps
-                .iter()
+            Command::Resurrect { saved } => {
                 // What was stopped stays so; there is nothing to wait for.
-                .filter(|app| app.slots.iter().all(|slot| slot.desired == Desired::Running))
-                .map(|app| AppAim {
+                let runs = |app: &&SavedApp| app.slots.iter().all(|slot| slot.desired == Desired::Running);
+                let new = |app: &&SavedApp| !runs(app) && fleet.app(&app.spec.name).is_none();
+                entries =
+                    saved.apps.iter().filter(new).map(|app| Entry::new(&app.spec, Listed::New)).collect();
+                let aim = |app: &SavedApp| AppAim {
                     app: app.spec.name.clone(),
                     slots: None,
                     goal: Goal::Up,
                     what: Past::Started,
-                })
-                .collect(),
-            Command::Kill | Command::KillUnlisted { .. } => return Some(Self { op, aim: Aim::Kill }),
+                };
+                saved.apps.iter().filter(runs).map(aim).collect()
+            }
+            Command::Kill | Command::KillUnlisted { .. } => {
+                return Some(Self { op, aim: Aim::Kill, entries });
+            }
             Command::Terminate | Command::Reset { .. } => return None,
         };
-        Some(Self { op, aim: Aim::Apps(aims) })
+        Some(Self { op, aim: Aim::Apps(aims), entries })
     }
 
     /// Whether it wants something of this app.
     #[must_use]
     pub fn is_about(&self, app: &AppName) -> bool {
         match &self.aim {
-            Aim::Apps(aims) => aims.iter().any(|aim| aim.app == *app),
+            Aim::Apps(aims) => {
+                aims.iter().any(|aim| aim.app == *app) || self.entries.iter().any(|entry| entry.app == *app)
+            }
             Aim::Kill => true,
         }
     }
 
-    /// Whether any of it had become part of the desired state, so that the fleet finishes or undoes it.
+    /// Whether any of it had become part of the desired state, so that the fleet finishes or undoes it. What nothing
+    /// of the desired state tells of may be asked for again, because it changes nothing, or the same as before.
     #[must_use]
     pub fn has_begun(&self, saved: &SavedFleet) -> bool {
         match &self.aim {
-            Aim::Apps(aims) => aims.is_empty() || aims.iter().any(|aim| aim.has_begun(saved)),
+            Aim::Apps(aims) if aims.is_empty() => {
+                self.entries.iter().any(|entry| entry.found(saved).is_some())
+            }
+            Aim::Apps(aims) => aims.iter().any(|aim| aim.has_begun(saved)),
             Aim::Kill => true,
         }
     }
@@ -170,9 +231,19 @@ impl OperationMemo {
         if !at_rest {
             return None;
         }
-        let apps: Vec<AppResult> =
-            aims.iter().zip(&views).map(|(aim, view)| aim.result(view.as_ref(), saved)).collect();
+        let aims = aims.iter().zip(&views).map(|(aim, view)| aim.result(view.as_ref(), saved));
+        let apps: Vec<AppResult> = aims.chain(self.entries.iter().map(|entry| entry.result(saved))).collect();
         Some(OperationView { ok: apps.iter().all(|app| app.ok), apps })
+    }
+}
+
+/// What a step of a plan puts on the list, and nothing else.
+fn entry(step: &Planned) -> Option<Entry> {
+    let spec = step.spec.as_ref()?;
+    match step.measure {
+        Measure::Create if !spec.autostart => Some(Entry::new(spec, Listed::New)),
+        Measure::Update => Some(Entry::new(spec, Listed::Updated)),
+        _ => None,
     }
 }
 
@@ -292,20 +363,122 @@ impl AppAim {
         };
         let word = self.what.word();
         if ok {
-            let slots = u32::try_from(slots.len()).unwrap_or(u32::MAX);
-            return AppResult { app: self.app.clone(), ok, result: word.to_owned(), slots, failure: None };
+            return done(&self.app, word, slots.len());
         }
         let exit =
             slots.iter().find(|slot| slot.status != Status::Online).and_then(|slot| slot.last_exit.as_ref());
         let why = exit.map_or_else(String::new, |exit| format!(": {exit}"));
-        let failure = Failure {
-            cause: format!("the supervisor was started again meanwhile, and the app was not {word}{why}"),
-            hint: Some(format!("`pm list` shows what is true now; see also `pm logs {} --err`.", self.app)),
-            last_lines: Vec::new(),
-            replaced: Vec::new(),
-            kept: Vec::new(),
-            restored: Vec::new(),
+        failed(&self.app, word, &why)
+    }
+}
+
+fn done(app: &AppName, word: &str, slots: usize) -> AppResult {
+    let slots = u32::try_from(slots).unwrap_or(u32::MAX);
+    AppResult { app: app.clone(), ok: true, result: word.to_owned(), slots, failure: None }
+}
+
+fn failed(app: &AppName, word: &str, why: &str) -> AppResult {
+    let failure = Failure {
+        cause: format!("the supervisor was started again meanwhile, and the app was not {word}{why}"),
+        hint: Some(format!("`pm list` shows what is true now; see also `pm logs {app} --err`.")),
+        last_lines: Vec::new(),
+        replaced: Vec::new(),
+        kept: Vec::new(),
+        restored: Vec::new(),
+    };
+    AppResult { app: app.clone(), ok: false, result: "failed".to_owned(), slots: 0, failure: Some(failure) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::model::moment::Moment;
+    use crate::model::spec::{CommandSpec, Runtime};
+    use crate::policy::fleet::Settings;
+    use crate::policy::vocabulary::{Action, Event, SaveId};
+
+    const OP: OpId = OpId(7);
+
+    fn spec(app: &str, change: impl FnOnce(&mut AppSpec)) -> Arc<AppSpec> {
+        let command = CommandSpec {
+            script: PathBuf::from("/srv/app"),
+            interpreter: None,
+            interpreter_args: Vec::new(),
+            args: Vec::new(),
+            runtime: Runtime::Other,
         };
-        AppResult { app: self.app.clone(), ok, result: "failed".to_owned(), slots: 0, failure: Some(failure) }
+        let mut spec = AppSpec::new(AppName::new(app).unwrap(), command, PathBuf::from("/srv"));
+        spec.autostart = false;
+        change(&mut spec);
+        Arc::new(spec)
+    }
+
+    fn apply(specs: &[Arc<AppSpec>]) -> Command {
+        let all = specs.iter().map(|spec| spec.name.clone()).collect();
+        Command::Apply { specs: specs.to_vec(), all, file: "/srv/pm.toml".into(), prune: false }
+    }
+
+    fn fleet(saved: SavedFleet) -> Fleet {
+        let now = Moment::default();
+        let (mut fleet, first) = Fleet::restore(Settings::for_cpus(2), now, saved, None, Vec::new());
+        if let Some((save, _)) = save_of(first) {
+            let _ = fleet.handle(now, Event::Saved { save });
+        }
+        fleet
+    }
+
+    fn save_of(actions: Vec<Action>) -> Option<(SaveId, SavedFleet)> {
+        actions.into_iter().find_map(|action| match action {
+            Action::Save { save, state } => Some((save, state)),
+            _ => None,
+        })
+    }
+
+    /// What is noted of a command, and what is saved because of it.
+    fn asked(fleet: &mut Fleet, command: Command) -> (OperationMemo, SavedFleet) {
+        let memo = OperationMemo::of(OP, &command, fleet).unwrap();
+        let actions = fleet.handle(Moment::default(), Event::Asked { op: OP, command });
+        (memo, save_of(actions).unwrap().1)
+    }
+
+    fn words(memo: &OperationMemo, saved: &SavedFleet) -> Vec<(String, bool, String)> {
+        let view = memo.ended(&fleet(saved.clone()), saved).unwrap();
+        view.apps.into_iter().map(|app| (app.app.to_string(), app.ok, app.result)).collect()
+    }
+
+    fn word(app: &str, ok: bool, result: &str) -> (String, bool, String) {
+        (app.to_owned(), ok, result.to_owned())
+    }
+
+    #[test]
+    fn what_only_changes_the_list_has_begun_when_the_list_says_so() {
+        let mut new = fleet(SavedFleet::default());
+        let (created, listed) = asked(&mut new, apply(&[spec("api", |_| {})]));
+        assert!(!created.has_begun(&SavedFleet::default()));
+        assert!(created.has_begun(&listed));
+        assert_eq!(words(&created, &listed), [word("api", true, "listed as stopped")]);
+        let other = spec("api", |spec| spec.stop.timeout = Duration::from_secs(3));
+        let (updated, after) = asked(&mut fleet(listed.clone()), apply(&[other]));
+        assert!(!updated.has_begun(&listed), "the app is there, with its old rules");
+        assert!(updated.has_begun(&after));
+        assert_eq!(words(&updated, &after), [word("api", true, "updated")]);
+        assert_eq!(words(&updated, &listed), [word("api", false, "failed")]);
+        let (resurrected, again) =
+            asked(&mut fleet(SavedFleet::default()), Command::Resurrect { saved: after.clone() });
+        assert!(!resurrected.has_begun(&SavedFleet::default()));
+        assert!(resurrected.has_begun(&again));
+        let again =
+            OperationMemo::of(OP, &Command::Resurrect { saved: after.clone() }, &fleet(after.clone()));
+        assert!(!again.unwrap().has_begun(&after), "nothing to do, today and tomorrow");
+    }
+
+    #[test]
+    fn notes_of_earlier_versions_are_read() {
+        let memo: OperationMemo = serde_json::from_str(r#"{"op":7,"aim":{"Apps":[]}}"#).unwrap();
+        assert_eq!(memo, OperationMemo { op: OP, aim: Aim::Apps(Vec::new()), entries: Vec::new() });
     }
 }

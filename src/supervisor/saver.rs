@@ -74,6 +74,7 @@ fn run(
         }
         job => job.ok(),
     };
+    store.tidy();
     while let Some((mut save, mut state)) = next() {
         while let Ok((later, newer)) = jobs_rx.try_recv() {
             (save, state) = (later, newer);

@@ -136,13 +136,13 @@ impl Deref for Words {
     }
 }
 
-/// Moves up to `limit` bytes from a pipe to this offset of the file, without waiting. The file's position, which everybody
-/// with a copy of its descriptor can ask for ([`position`]), moves with them in the same system call: no kill comes in between.
+/// Moves up to `limit` bytes from a pipe to where the file's position is ([`seek`]), without waiting. The position, which
+/// everybody with a copy of its descriptor can ask for ([`position`]), moves with them in the same system call: no kill
+/// comes in between.
 ///
 /// # Errors
 /// EAGAIN when the pipe is empty; see splice(2).
-pub fn receive(pipe: impl AsFd, file: &File, offset: u64, limit: usize) -> nix::Result<usize> {
-    seek(file, offset)?;
+pub fn receive(pipe: impl AsFd, file: &File, limit: usize) -> nix::Result<usize> {
     splice(pipe, None, file, None, limit, SpliceFFlags::SPLICE_F_NONBLOCK)
 }
 
@@ -215,12 +215,14 @@ mod tests {
         let file = File::from(create(c"test", 131_072).unwrap());
         let (ours, theirs) = pipe::pipe_for_output().unwrap();
         write(&theirs, b"some lines\n").unwrap();
-        assert_eq!(receive(&ours, &file, 65_536, 65_536), Ok(11));
+        seek(&file, 65_536).unwrap();
+        assert_eq!(receive(&ours, &file, 65_536), Ok(11));
         assert_eq!(position(&file.try_clone().unwrap()), Ok(65_547));
         let mut arrived = [0; 11];
         file.read_exact_at(&mut arrived, 65_536).unwrap();
         assert_eq!(&arrived, b"some lines\n");
-        assert_eq!(receive(&ours, &file, 65_536, 65_536), Err(Errno::EAGAIN));
+        seek(&file, 65_536).unwrap();
+        assert_eq!(receive(&ours, &file, 65_536), Err(Errno::EAGAIN));
         assert_eq!(position(&file), Ok(65_536));
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use pm::ipc::protocol::{Answer, AppResult, OperationView, Refused, Reply, Request};
 use pm::model::id::AppName;
+use pm::sys::clock;
 
 use crate::world::{Supervisor, Then, World};
 
@@ -100,6 +101,29 @@ fn a_supervisor_that_dies_in_the_middle_is_asked_for_the_outcome() {
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
     let asked = supervisor.asked();
     assert!(asked[0].contains("reload") && asked[1].starts_with(r#"{"outcome":{"op":"#), "{asked:?}");
+}
+
+#[test]
+fn who_asks_for_an_outcome_says_since_when_it_is_waited_for() {
+    let world = World::new();
+    let acts = AtomicU32::new(0);
+    let before = clock::now();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let times = Arc::clone(&told);
+    let _supervisor = Supervisor::start(&world.home(), move |request| match request {
+        Request::Act { .. } if acts.fetch_add(1, Ordering::SeqCst) < 2 => (vec![Reply::Alive], Then::Crash),
+        Request::Act { .. } => (vec![Reply::Alive, done()], Then::Stay),
+        Request::Outcome { asked, .. } => {
+            times.lock().unwrap().push((asked.unwrap(), clock::now()));
+            (vec![Reply::Answer(Answer::NeverBegun)], Then::Stay)
+        }
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(world.run("reload api -s").code, 0);
+    let told = told.lock().unwrap();
+    let [(first, then), (second, _)] = told[..] else { panic!("{told:?}") };
+    assert!(before <= first && first < then, "when it was asked for, not when its outcome is");
+    assert!(then < second, "what was never begun is asked for anew");
 }
 
 #[test]

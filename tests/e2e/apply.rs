@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::support::{Home, SOON, process, wait_until};
+use super::support::{Home, PATIENT, SOON, process, wait_until};
 
 const SLEEPER: &str = "script = 'sleep'\nargs = ['1000']\n";
 
@@ -322,4 +322,34 @@ fn pain_02_a_start_of_what_is_there_changes_only_what_the_command_line_names() {
     home.ok(&["start", "polite.js", "--kill-timeout", "4s"]).says("updated");
     assert_eq!(home.pids("polite"), after, "a rule touches nobody");
     home.ok(&["start", "polite.js"]).says("already running");
+}
+
+/// What only changes the list leaves nothing to wait for, and so nothing that shows whether it was done.
+#[test]
+fn a_change_of_the_list_that_was_not_saved_when_the_supervisor_died_is_done_and_not_just_said_to_be() {
+    let home = Home::new();
+    home.ecosystem(&app("job", ""));
+    home.ok(&["apply", "ecosystem.toml"]);
+    let job = home.pid("job");
+    let begun = || {
+        std::fs::read_to_string(home.path().join("events.jsonl"))
+            .unwrap()
+            .matches("\"operation_begun\"")
+            .count()
+    };
+    let before = begun();
+    home.ecosystem(&format!("{}{}", app("job", "max_restarts = 3"), app("idle", "autostart = false")));
+    // The state is written aside first: the supervisor waits for a reader there.
+    let aside = home.path().join("state.json.new");
+    nix::unistd::mkfifo(&aside, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let apply = super::support::home::Running::start(home.command(&["apply", "ecosystem.toml"]), b"");
+    wait_until("the apply has begun", SOON, || if begun() > before { Ok(()) } else { Err(begun()) });
+    std::fs::remove_file(&aside).unwrap();
+    process::end(home.supervisor());
+    let run = apply.end(PATIENT);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(home.statuses("idle"), ["stopped"]);
+    let spec = &home.ok(&["describe", "job", "--json"]).json()[0]["spec"];
+    assert_eq!((&spec["restart"]["max_restarts"], home.pid("job")), (&3.into(), job));
+    home.ok(&["apply", "ecosystem.toml"]).says("nothing to do");
 }

@@ -153,7 +153,7 @@ impl Driver {
                 self.announce_end();
                 self.command(op, command, replies);
             }
-            Request::Outcome { op: asked } => match self.operations.join(asked, replies) {
+            Request::Outcome { op, asked } => match self.operations.join(clock::now(), op, asked, replies) {
                 Known::Joined => {}
                 Known::NeverBegun => {
                     let _ = replies.send(Reply::Answer(Answer::NeverBegun));
@@ -163,8 +163,8 @@ impl Driver {
                             code: 1,
                             message: "the outcome of this operation is not known".into(),
                             cause: Some(
-                                "the supervisor was started again in the middle of it, without what it remembered; \
-                                 what was begun is finished or undone"
+                                "the supervisor was started again meanwhile, and does not remember operations of so long \
+                                 ago; what was begun is finished or undone"
                                     .into(),
                             ),
                             hint: Some("`pm list` shows what is true now.".into()),
