@@ -9,7 +9,9 @@ use serde_json::Value;
 use super::support::home::Running;
 use super::support::{Home, PATIENT, SOON, process, wait_until};
 
-const WEB: &str = "require('http').createServer((_, answer) => answer.end()).listen(0, '127.0.0.1');";
+/// The timer keeps it until it is told to end: without listeners it may have ended by itself before.
+const WEB: &str = "require('http').createServer((_, answer) => answer.end()).listen(0, '127.0.0.1');\n\
+                   setInterval(() => {}, 1000);\n";
 
 fn cluster(home: &Home, lines: &str) {
     home.write("web.js", WEB);
