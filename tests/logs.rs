@@ -608,6 +608,7 @@ fn no_line_is_lost_or_doubled_however_often_the_pump_is_killed() {
 
 #[test]
 fn without_its_memory_a_killed_pump_loses_lines() {
-    let faults = kill_pumps(10, || pm::logs::journal::create().unwrap());
-    assert!(!faults.is_empty(), "the test above can fail");
+    // On a busy machine ten kills may all find a pump that waits.
+    let loses = |_| !kill_pumps(10, || pm::logs::journal::create().unwrap()).is_empty();
+    assert!((0..10).any(loses), "the test above can fail");
 }
