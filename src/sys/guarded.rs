@@ -12,8 +12,6 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, mkdirat};
 use nix::unistd::geteuid;
 
-use super::trust::{SHARED, STICKY};
-
 /// Writes a file that only we may read, in place of what was there, whatever the umask; a symlink is refused.
 ///
 /// # Errors
@@ -39,7 +37,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
 /// # Errors
 /// As [`open_regular`].
 pub fn reopen_regular(found: &impl AsFd) -> io::Result<File> {
-    let kind = SFlag::from_bits_truncate(fstat(found)?.st_mode) & SFlag::S_IFMT;
+    let kind = kind(&fstat(found)?);
     if kind != SFlag::S_IFREG {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
@@ -83,7 +81,13 @@ impl Way {
 }
 
 /// How many symlinks may be on a way, as for the kernel (path_resolution(7)).
-const LINKS_MAX: u32 = 40;
+pub(super) const LINKS_MAX: u32 = 40;
+/// May be written by others than the owner: the group, or everybody. An access list shows in the group's bits.
+pub(super) const SHARED: u32 = 0o022;
+/// In such a directory only their owners may remove and rename files, as in /tmp.
+pub(super) const STICKY: u32 = 0o1000;
+/// How a directory on a way is opened.
+pub(super) const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
 
 /// The way to a file that root is to create or write at an absolute path: missing directories are made, and a symlink of
 /// another user is followed only to a directory of the same user's. Otherwise that user would choose where root writes.
@@ -118,9 +122,11 @@ fn way(path: &Path, missing: Missing) -> io::Result<Way> {
     Ok(Way { path, _directory: Some(directory), is_roots })
 }
 
-const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
+/// What lies there, by its mode.
+pub(super) fn kind(meta: &FileStat) -> SFlag {
+    SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT
+}
 
-/// By their owner's group or everybody. An access list shows in the group's bits.
 fn is_writable_for_others(meta: &FileStat) -> bool {
     meta.st_mode & SHARED != 0
 }
@@ -174,7 +180,7 @@ impl Walk {
         };
         let meta = fstat(&next)?;
         self.is_roots &= meta.st_uid == 0;
-        match SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT {
+        match kind(&meta) {
             SFlag::S_IFDIR => {
                 // Directories of root's in a sticky one stay where they are: their owner alone may move them.
                 self.is_roots &= meta.st_mode & STICKY != 0 || !is_writable_for_others(&meta);

@@ -14,16 +14,10 @@ use nix::fcntl::{AT_FDCWD, OFlag, openat, readlinkat};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use nix::unistd::{Uid, User, geteuid};
 
-use super::guarded;
+use super::guarded::{self, DIRECTORY, LINKS_MAX, SHARED, STICKY, kind};
 
 /// May be written by everybody.
 const WORLD_WRITABLE: u32 = 0o002;
-/// May be written by others than the owner.
-pub(super) const SHARED: u32 = 0o022;
-/// In such a directory only their owners may remove and rename files, as in /tmp.
-pub(super) const STICKY: u32 = 0o1000;
-/// How many symlinks may be on a way, as for the kernel (path_resolution(7)).
-const LINKS_MAX: u32 = 40;
 
 /// Why root should not do what a file says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,8 +213,6 @@ fn walk<T>(path: &Path, judge: &mut dyn FnMut(&Step<'_>) -> Option<T>) -> io::Re
     Ok(Ok(here))
 }
 
-const DIRECTORY: OFlag = OFlag::O_PATH.union(OFlag::O_DIRECTORY).union(OFlag::O_CLOEXEC);
-
 /// The names of a path, the first one last.
 fn names(path: &Path) -> Vec<OsString> {
     let name = |component: Component<'_>| match component {
@@ -231,10 +223,6 @@ fn names(path: &Path) -> Vec<OsString> {
     let mut names: Vec<OsString> = path.components().filter_map(name).collect();
     names.reverse();
     names
-}
-
-fn kind(meta: &FileStat) -> SFlag {
-    SFlag::from_bits_truncate(meta.st_mode) & SFlag::S_IFMT
 }
 
 #[cfg(test)]
