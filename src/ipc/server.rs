@@ -278,6 +278,7 @@ mod tests {
     use std::io::{BufRead as _, BufReader as Lines, Read as _, Write as _};
     use std::os::unix::net::UnixStream;
     use std::path::Path;
+    use std::sync::mpsc;
 
     use interprocess::local_socket::{GenericFilePath, ListenerOptions, ToFsName as _};
 
@@ -285,9 +286,10 @@ mod tests {
     use crate::ipc::protocol::{Request, VERSION};
 
     /// A server with so many places, whose driver answers pings and nothing else.
-    async fn server(socket: &Path, places: usize) {
+    async fn server(socket: &Path, places: usize, listens: mpsc::Sender<()>) {
         let name = socket.to_fs_name::<GenericFilePath>().unwrap();
         let listener = ListenerOptions::new().name(name).create_tokio().unwrap();
+        listens.send(()).unwrap();
         let (handle, mut asks) = SupervisorHandle::new();
         tokio::spawn(serve_at_once(places, listener, handle));
         let mut unanswered = Vec::new();
@@ -351,13 +353,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("sock");
         let path = socket.clone();
+        // The socket's file is there before anybody listens: bind and listen are two steps.
+        let (listens, listening) = mpsc::channel();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(server(&path, 4));
+            runtime.block_on(server(&path, 4, listens));
         });
-        while !socket.try_exists().unwrap() {
-            std::thread::yield_now();
-        }
+        listening.recv().unwrap();
         // The first to come has something under way, the second was the first to have its answer.
         let list = Request::List { targets: Vec::new(), figures: false };
         let ping = || Client::new(&socket, &Request::Ping, "pong");

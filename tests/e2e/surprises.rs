@@ -186,8 +186,9 @@ fn a_pipeline_is_told_to_stop_as_a_terminal_would_tell_it() {
 #[test]
 fn a_failed_restart_in_place_does_not_claim_that_anything_serves() {
     let home = Home::new();
-    let script = home.write("app.js", "setInterval(() => {}, 1000);\n");
-    home.ok(&["start", "app.js"]);
+    let script = home.write("app.js", "process.send('ready');\nsetInterval(() => {}, 1000);\n");
+    // It says when it is ready: a slow machine may take longer to the error than an app has to live otherwise.
+    home.ok(&["start", "app.js", "--wait-ready", "--listen-timeout", "60s"]);
     std::fs::write(&script, "throw new Error('no');\n").unwrap();
     home.exits(1, &["reload", "app"]).does_not_say("still serving").says("downtime");
 }
