@@ -23,7 +23,7 @@ use super::driver::Input;
 use super::launch;
 use super::rights::Rights;
 use super::variables::Variables;
-use crate::model::address::{self, Place};
+use crate::model::address::{self, HttpAddress, Place};
 use crate::model::id::InstanceId;
 use crate::model::moment::{Moment, spelled};
 use crate::model::process::ProcessRules;
@@ -143,16 +143,35 @@ async fn within(
     }
 }
 
-fn expanded(subject: &Subject, text: &str) -> Result<String, String> {
-    let variable = |name: &str| subject.env.iter().find(|(key, _)| *key == name).map(|(_, value)| value);
+fn expanded(env: &Variables, text: &str) -> Result<String, String> {
+    let variable = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| value);
     address::expand(text, variable).map_err(|name| format!("the instance has no variable {name}"))
+}
+
+fn http_address(env: &Variables, text: &str) -> Result<HttpAddress, String> {
+    address::http(&expanded(env, text)?).map_err(|error| error.to_string())
+}
+
+fn tcp_place(env: &Variables, text: &str) -> Result<Place, String> {
+    address::tcp(&expanded(env, text)?).map_err(|error| error.to_string())
+}
+
+/// Where an instance with this environment is asked; `None`: nowhere.
+///
+/// # Errors
+/// In words, when the address is none with this environment.
+pub fn place(check: &Check, env: &Variables) -> Result<Option<Place>, String> {
+    match check {
+        Check::Http(text) => Ok(Some(http_address(env, text)?.place)),
+        Check::Tcp(text) => Ok(Some(tcp_place(env, text)?)),
+        Check::Exec(_) | Check::Log(_) => Ok(None),
+    }
 }
 
 /// What is said of an address is what the config has: a variable may be a secret.
 async fn http(subject: &Subject, text: &str, inputs: &UnboundedSender<Input>) -> Heard {
     let what = format!("GET {text}");
-    let read = |text: String| address::http(&text).map_err(|error| error.to_string());
-    let address = match expanded(subject, text).and_then(read) {
+    let address = match http_address(&subject.env, text) {
         Ok(address) => address,
         Err(error) => return (what, Err(error)),
     };
@@ -267,8 +286,7 @@ async fn get(
 }
 
 async fn tcp(subject: &Subject, text: &str) -> Heard {
-    let read = |text: String| address::tcp(&text).map_err(|error| error.to_string());
-    let heard = match expanded(subject, text).and_then(read) {
+    let heard = match tcp_place(&subject.env, text) {
         Err(error) => Err(error),
         Ok(place) => {
             within(subject.probe.timeout, async {

@@ -343,6 +343,38 @@ fn probes_go_on_under_the_next_supervisor() {
 }
 
 #[test]
+fn what_is_heard_at_the_port_of_all_workers_says_that_it_is_not_this_one_s() {
+    let home = Home::new();
+    let port = free_port();
+    let listens = format!("{SERVER}require('node:http').createServer(answer).listen({port}, '127.0.0.1');\n");
+    home.write("app.js", &listens);
+    let app = "[[apps]]\nname = 'api'\nscript = 'app.js'\nexec_mode = 'cluster'\ninstances = 2\n";
+    let ready = format!(
+        "ready = {{ http = 'http://127.0.0.1:{port}/', timeout = '100ms' }}\nlisten_timeout = '1s'\n"
+    );
+    let health =
+        format!("health = {{ http = 'http://127.0.0.1:{port}/', interval = '50ms', timeout = '100ms' }}\n");
+    let says = "at that port only workers that are ready answer";
+    // No worker is in rotation yet, so nobody answers.
+    home.ecosystem(&format!("{app}{ready}"));
+    home.exits(1, &["start", "ecosystem.toml"]).says(says).says("a path alone");
+    home.ok(&["delete", "all"]);
+    // Another may have answered, however well that sounds.
+    home.ecosystem(&format!("{app}{health}"));
+    home.ok(&["start", "ecosystem.toml"]);
+    wait_until("it is asked", PATIENT, || {
+        let text = home.ok(&["describe", "api"]).out;
+        if text.contains(says) { Ok(()) } else { Err(text) }
+    });
+    // One on its own has nobody who could have.
+    home.ok(&["scale", "api", "1"]);
+    wait_until("it is asked again", PATIENT, || {
+        let text = home.ok(&["describe", "api"]).out;
+        if text.contains("→ 200") && !text.contains(says) { Ok(()) } else { Err(text) }
+    });
+}
+
+#[test]
 fn mistakes_in_probes_are_config_errors_that_say_what_would_work() {
     let home = Home::new();
     let script = home.write("app.py", "import time\ntime.sleep(1000)\n");

@@ -6,14 +6,18 @@ use std::time::Duration;
 
 use tokio::task::AbortHandle;
 
-use super::World;
+use super::{Run, World};
 use crate::dispatch::Command;
 use crate::logs::pump::Watch;
+use crate::model::address::Place;
 use crate::model::id::InstanceId;
 use crate::model::spec::{AppSpec, Check};
 use crate::policy::vocabulary::{Event, ProbeResult, ProbeRole};
 use crate::supervisor::probe::{self, Finding, Subject};
 use crate::sys::clock;
+
+/// Follows what was heard at a port where a worker is one of several.
+const BY_WAY_OF_THE_CLUSTER: &str = "; at that port only workers that are ready answer, whichever is free: a path alone (\"/…\") asks this very one";
 
 /// Everything about probes. Empty, and without memory, where no app has any.
 #[derive(Debug, Default)]
@@ -108,7 +112,10 @@ impl World {
         is_news.then_some(event)
     }
 
-    fn hear(&mut self, answer: Finding) {
+    fn hear(&mut self, mut answer: Finding) {
+        if self.is_asked_by_way_of_the_cluster(&answer) {
+            answer.text.push_str(BY_WAY_OF_THE_CLUSTER);
+        }
         let before = self.probes.last.get(&answer.id);
         let same =
             before.filter(|heard| (heard.finding.role, heard.finding.result) == (answer.role, answer.result));
@@ -117,6 +124,23 @@ impl World {
             tracing::info!(instance = %answer.id, role = ?answer.role, result = ?answer.result, text = answer.text, "probe");
         }
         self.probes.last.insert(answer.id.clone(), Heard { finding: answer, in_a_row });
+    }
+
+    /// Whether the port that was asked is one that this worker listens on as part of a cluster, so that another may have
+    /// answered, or none could.
+    fn is_asked_by_way_of_the_cluster(&self, answer: &Finding) -> bool {
+        let Finding { id, role, result, .. } = answer;
+        let Some(run) = self.runs.get(id).filter(|run| run.spec.is_node_cluster()) else { return false };
+        let probe = match role {
+            ProbeRole::Ready => &run.spec.ready.probe,
+            ProbeRole::Health => &run.spec.health,
+        };
+        let place = probe.as_ref().and_then(|probe| probe::place(&probe.check, &run.env).ok()?);
+        let Some(Place::Tcp { port, .. }) = place else { return false };
+        let listens = |run: &Run| run.open.iter().any(|open| open.query.port == Some(port.into()));
+        let not_yet = (*role, *result) == (ProbeRole::Ready, ProbeResult::Failed);
+        let mut others = self.runs.iter().filter(|(other, _)| other.app == id.app && *other != id);
+        listens(run) && (not_yet || others.any(|(_, other)| listens(other)))
     }
 
     /// A line of an instance's output matched its readiness probe.
