@@ -110,7 +110,7 @@ def client():
             requests[0] += 1
             latencies[0] = max(latencies[0], time.monotonic() - began)
             if why:
-                failures.append((time.monotonic(), why))
+                failures.append((began, time.monotonic(), why))
         # Nobody needs a million refusals of a daemon that is down.
         time.sleep(0.05 if why else 0.002)
 
@@ -261,12 +261,13 @@ try:
     for thread in threads:
         thread.start()
     # One that has taken over holds what every later one holds.
-    down, longest = [], 0.0
+    down, longest, strikes = [], 0.0, []
 
     def strike():
         """Kills; with nobody left waits until the app serves again."""
         global longest
         began = time.monotonic()
+        strikes.append(began)
         while not kill_one():
             time.sleep(0.01)
             if time.monotonic() > began + DOWN:
@@ -304,9 +305,10 @@ try:
           f"slowest {latencies[0]:.2f} s, {commands[0]} commands, {len(refused)} not done, "
           f"{undone[0]} of unknown end"
           + (f", at most {longest:.1f} s until served again" if options.who == "both" else ""))
-    bad = [why for at, why in failures if not any(begin <= at <= until for begin, until in down)]
-    for why in bad[:5]:
-        print("  failed:", why)
+    bad = [(began, at, why) for began, at, why in failures if not any(begin <= at <= until for begin, until in down)]
+    for began, at, why in bad[:20]:
+        number, near = min(enumerate(strikes), key=lambda strike: abs(strike[1] - at))
+        print(f"  failed: {why}, {(at - near) * 1e3:+.1f} ms from kill {number}, begun {(at - began) * 1e3:.1f} ms before")
     for step, code, text in refused[:5]:
         print("  not done:", step, code, text.strip())
     if len(bad) > (killed if options.balance == "round-robin" and options.who == "supervisor" else 0):
