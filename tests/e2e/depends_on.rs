@@ -141,8 +141,8 @@ fn pain_32_stop_of_a_waiting_app_is_immediate_and_a_restart_makes_no_second_one(
 #[test]
 fn dependents_of_what_fails_are_not_started_and_start_when_it_comes_up_after_all() {
     let home = Home::new();
-    let db = "[[apps]]\nname = 'db'\nscript = 'sh'\nargs = ['-c', 'test -e disk && exec sleep 1000; exit 3']\n\
-        max_restarts = 2\nrestart_delay = 10\n";
+    let db = "[[apps]]\nname = 'db'\nscript = 'sh'\nargs = ['-c', 'test -e disk && echo up && exec sleep 1000; exit 3']\n\
+        ready = { log = 'up' }\nlisten_timeout = '60s'\nmax_restarts = 2\nrestart_delay = 10\n";
     home.ecosystem(&format!(
         "{}{}{db}",
         needing("page", "depends_on = ['web']"),

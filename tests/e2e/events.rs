@@ -144,7 +144,8 @@ fn crashes_restarts_and_kills_are_events_with_their_reasons() {
     let home = Home::new();
     let stubborn = "script = 'sh'\nargs = ['-c', 'trap \"\" INT; touch deaf; while :; do sleep 1; done']\nkill_timeout = '100ms'\n";
     home.ecosystem(&format!(
-        "[[apps]]\nname = 'deaf'\n{stubborn}\n[[apps]]\nname = 'job'\nscript = 'sh'\nargs = ['-c', 'exit 3']\nmax_restarts = 2\nrestart_delay = 10\n"
+        "[[apps]]\nname = 'deaf'\n{stubborn}\n[[apps]]\nname = 'job'\nscript = 'sh'\nargs = ['-c', 'exit 3']\n\
+         ready = {{ log = 'up' }}\nlisten_timeout = '60s'\nmax_restarts = 2\nrestart_delay = 10\n"
     ));
     home.exits(1, &["start", "ecosystem.toml"]);
     home.wait_status("job", "errored");

@@ -123,7 +123,8 @@ fn pain_25_on_errored_is_told_which_instance_and_why() {
     home.write("hook.sh", HOOK);
     home.write("app.sh", "exit 6\n");
     home.ecosystem(
-        "[[apps]]\nname = 'job'\nscript = 'app.sh'\nmax_restarts = 2\non_errored = 'sh hook.sh x'\nenv = { WHO = 'me' }\n",
+        "[[apps]]\nname = 'job'\nscript = 'app.sh'\nready = { log = 'up' }\nlisten_timeout = '60s'\nmax_restarts = 2\n\
+         on_errored = 'sh hook.sh x'\nenv = { WHO = 'me' }\n",
     );
     home.exits(1, &["start", "ecosystem.toml"]);
     home.wait_status("job", "errored");

@@ -544,8 +544,8 @@ fn a_second_stop_joins_the_first_and_a_delete_overtakes_it() {
 #[test]
 fn a_restart_does_not_wait_for_the_backoff_and_a_stop_ends_it() {
     let home = Home::new();
-    home.write("app.sh", "echo run >> runs\n[ -e fine ] && exec sleep 1000\nexit 1\n");
-    let keys = "restart_delay = '60s'\nmin_uptime = '50ms'";
+    home.write("app.sh", "echo run >> runs\n[ -e fine ] && echo up && exec sleep 1000\nexit 1\n");
+    let keys = "restart_delay = '60s'\nmin_uptime = '50ms'\nready = { log = 'up' }\nlisten_timeout = '60s'";
     home.ecosystem(&format!("[[apps]]\nname = 'job'\nscript = 'app.sh'\n{keys}\n"));
     home.exits(1, &["start", "ecosystem.toml"]);
     home.wait_status("job", "waiting restart");

@@ -22,9 +22,11 @@ fn wait_gaps(home: &Home, count: usize) -> Vec<u64> {
     })
 }
 
-/// Starts a file whose app is expected to fail at once.
+/// Starts a file whose app is expected to fail at once. It is ready when it says so: on a busy machine it may take longer
+/// to its exit than an app has to live otherwise.
 fn start_failing(home: &Home, keys: &str) {
-    home.ecosystem(&format!("[[apps]]\nname = 'app'\nscript = 'app.sh'\n{keys}\n"));
+    let ready = "ready = { log = 'up' }\nlisten_timeout = '60s'";
+    home.ecosystem(&format!("[[apps]]\nname = 'app'\nscript = 'app.sh'\n{ready}\n{keys}\n"));
     home.exits(1, &["start", "ecosystem.toml"]);
 }
 
@@ -59,7 +61,7 @@ fn a_run_of_quick_exits_ends_in_errored_after_max_restarts() {
     });
     home.ok(&["list"]).says("errored");
     // A start by hand begins anew.
-    home.write("app.sh", &noting("exec sleep 1000"));
+    home.write("app.sh", &noting("echo up; exec sleep 1000"));
     home.ok(&["restart", "app"]);
     assert_eq!(home.row("app").status, "online");
 }

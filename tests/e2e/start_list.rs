@@ -173,7 +173,10 @@ fn start_of_a_name_starts_the_stopped_and_restarts_the_online() {
 fn a_start_that_fails_prints_the_last_words_and_keeps_the_row() {
     let home = Home::new();
     home.write("app.sh", "echo no database at all >&2\nexit 3\n");
-    home.ecosystem("[[apps]]\nname = 'bad'\nscript = 'app.sh'\nrestart_delay = '100s'\n");
+    home.ecosystem(
+        "[[apps]]\nname = 'bad'\nscript = 'app.sh'\nrestart_delay = '100s'\n\
+         ready = { log = 'up' }\nlisten_timeout = '60s'\n",
+    );
     let run = home.exits(1, &["start", "ecosystem.toml"]);
     run.says("no database at all");
     let row = home.row("bad");
