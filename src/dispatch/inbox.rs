@@ -87,7 +87,7 @@ impl Inbox {
             scm::consume(socket, left, scratch)?;
             inbox.taken()?;
         }
-        scm::end_count_down(socket)?;
+        scm::peek_at_front(socket)?;
         let mut head = vec![0; usize::try_from(inbox.note.head).unwrap_or(0).min(LINE_KEPT)];
         inbox.file.read_exact_at(&mut head, HEAD_AT)?;
         let lines = Lines::resumed(head, inbox.note.consumed);
@@ -117,7 +117,7 @@ impl Inbox {
         if let Err(error) = self.taken() {
             tracing::warn!(%error, "cannot note what was read of a long message");
         }
-        scm::end_count_down(socket)
+        scm::peek_at_front(socket)
     }
 
     fn note_down(&mut self, count: usize, lines: &Lines, then: Then) -> io::Result<()> {

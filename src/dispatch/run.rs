@@ -563,6 +563,7 @@ impl Dispatcher {
         let mut inherited = Vec::new();
         for (record, connection) in self.found.extract_if(.., |(record, _)| is_its(record)) {
             let (Some((_, _, seq)), Some(listener)) = (record.to, app.primary.listener(&record.key)) else {
+                tracing::warn!(?record, "a connection has no listener any more and is reset");
                 continue;
             };
             let client = client_behind(&app.primary, listener, &connection);
@@ -582,6 +583,8 @@ impl Dispatcher {
                 let client = client_behind(&app.primary, listener, &connection);
                 app.primary.connection(listener, connection, client);
                 self.serve(listener);
+            } else {
+                tracing::warn!(?record, "a connection has no listener any more and is reset");
             }
         }
         if let Some(shelf) = &mut self.shelf {

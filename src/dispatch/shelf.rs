@@ -4,7 +4,8 @@
 //! If that worker dies or says no while there is no supervisor, or if no worker has it yet, it would be reset. So a
 //! copy waits in a pair of stream sockets of which the keeper holds both ends: what was put into one comes out of the
 //! other, each with its connection. A connection that was handed over is put there *after* it was sent, and taken away
-//! *before* it is sent again, so that two workers never have it.
+//! *before* it is sent again, so that two workers never have it. Whatever else is done here, the others lie there all the
+//! while: the next supervisor looks at them where they are, and what has to move is put to its new place first.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,18 +13,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
 use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::stat::fstat;
 use serde::{Deserialize, Serialize};
 
 use super::run::Handle;
 use crate::model::id::{AppName, Generation, Slot};
 use crate::sys::fdpass::{self, Take};
-use crate::sys::{clock, memfd};
+use crate::sys::scm;
 
 /// The longest record: the keys of listeners are short, but a worker may ask for anything.
 const RECORD_MAX: usize = 2048;
-
-/// No record begins so: no name is as long as this would say.
-const MARK: &[u8] = &[0xff; 8];
 
 /// Whose a connection is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,8 +35,9 @@ pub(super) struct Record {
 }
 
 /// One that lies there.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
+    /// Dropped: it is nobody's.
     connection: Weak<OwnedFd>,
     bytes: Vec<u8>,
 }
@@ -56,31 +56,32 @@ impl Shelf {
     pub(super) fn adopt(put: OwnedFd, take: OwnedFd) -> (Self, Vec<(Record, Handle)>) {
         let mut shelf = Self { put, take, entries: VecDeque::new() };
         let mut found = Vec::new();
-        // What is put back comes again behind this mark. It has a descriptor too, as everything here: the kernel ends a
-        // message of a stream where descriptors begin.
-        let mut mark = MARK.to_vec();
-        mark.extend(std::process::id().to_le_bytes());
-        mark.extend(clock::now().nanos().to_le_bytes());
-        let Ok(nothing) = memfd::create(c"pm-mark") else { return (shelf, found) };
-        if fdpass::send(&shelf.put, &mark, &[nothing.as_fd()]).is_err() {
+        let mut buffer = vec![0; RECORD_MAX];
+        // Fails for no unix socket; the first one alone would be found again and again.
+        if scm::peek_on(shelf.take.as_fd()).is_err() {
             return (shelf, found);
         }
-        let mut buffer = vec![0; RECORD_MAX];
-        while let Ok(received) = fdpass::receive(&shelf.take, &mut buffer, Take::Consume)
+        while let Ok(received) = fdpass::receive(&shelf.take, &mut buffer, Take::Peek)
             && received.len > 0
         {
-            let bytes = &buffer[..received.len];
-            if bytes == mark {
-                break;
-            }
-            // A mark is left by one that was killed while it did this.
-            let record = postcard::from_bytes::<Record>(bytes).ok().filter(|_| !bytes.starts_with(MARK));
+            let bytes = buffer[..received.len].to_vec();
+            let record = postcard::from_bytes::<Record>(&bytes).ok();
+            let mut entry = Entry { connection: Weak::new(), bytes };
             if let Some((record, connection)) = record.zip(received.fds.into_iter().next()) {
                 let connection = Arc::new(connection);
-                shelf.put(&record, &connection);
-                found.push((record, connection));
+                // Moved by one that was killed before it had taken it from its old place.
+                if let Some(old) = shelf.entries.iter_mut().find(|old| old.is_twin(&entry, &connection)) {
+                    entry.connection = std::mem::take(&mut old.connection);
+                } else {
+                    entry.connection = Arc::downgrade(&connection);
+                    found.push((record, connection));
+                }
             }
+            shelf.entries.push_back(entry);
         }
+        // As above.
+        let _ = scm::peek_at_front(shelf.take.as_fd());
+        shelf.discard_dropped();
         (shelf, found)
     }
 
@@ -92,10 +93,13 @@ impl Shelf {
         }
     }
 
-    fn put_entry(&mut self, entry: Entry, connection: &Handle) {
-        if fdpass::send(&self.put, &entry.bytes, &[connection.as_fd()]).is_ok() {
+    /// Whether there was room.
+    fn put_entry(&mut self, entry: Entry, connection: &Handle) -> bool {
+        let put = fdpass::send(&self.put, &entry.bytes, &[connection.as_fd()]).is_ok();
+        if put {
             self.entries.push_back(entry);
         }
+        put
     }
 
     /// Whether a copy of this connection is there.
@@ -108,14 +112,21 @@ impl Shelf {
         let Some(place) = self.entries.iter().position(|entry| entry.is_of(connection)) else { return };
         // Those before it go to the end: there are as many as there are workers that have not answered.
         for _ in 0..place {
-            self.discard_first().and_then(|entry| {
-                let connection = entry.connection.upgrade()?;
-                self.put_entry(entry, &connection);
-                Some(())
-            });
+            self.move_first_to_the_end();
         }
         self.discard_first();
         self.discard_dropped();
+    }
+
+    fn move_first_to_the_end(&mut self) {
+        let moved = self.entries.front().and_then(|first| Some((first.clone(), first.connection.upgrade()?)));
+        let there =
+            moved.as_ref().is_some_and(|(entry, connection)| self.put_entry(entry.clone(), connection));
+        self.discard_first();
+        // There was no room for both.
+        if let Some((entry, connection)) = moved.filter(|_| !there) {
+            self.put_entry(entry, &connection);
+        }
     }
 
     /// Takes away what nobody has any more.
@@ -129,18 +140,29 @@ impl Shelf {
     }
 
     /// Whatever is attached to a message that is received without room for it is closed.
-    fn discard_first(&mut self) -> Option<Entry> {
-        let entry = self.entries.pop_front()?;
-        let mut buffer = [0; RECORD_MAX];
-        // Only this thread takes from it.
-        let _ = recv(self.take.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
-        Some(entry)
+    fn discard_first(&mut self) {
+        if self.entries.pop_front().is_some() {
+            let mut buffer = [0; RECORD_MAX];
+            // Only this thread takes from it.
+            let _ = recv(self.take.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT);
+        }
     }
 }
 
 impl Entry {
     fn is_of(&self, connection: &Handle) -> bool {
         std::ptr::eq(self.connection.as_ptr(), Arc::as_ptr(connection))
+    }
+
+    /// Whether this is the same record of the same connection, found through another descriptor.
+    fn is_twin(&self, other: &Self, connection: &Handle) -> bool {
+        let number = |connection: &Handle| fstat(connection).map(|stat| stat.st_ino).ok();
+        self.bytes == other.bytes
+            && self
+                .connection
+                .upgrade()
+                .and_then(|own| number(&own))
+                .is_some_and(|own| Some(own) == number(connection))
     }
 }
 
@@ -149,7 +171,7 @@ impl Entry {
 /// # Errors
 /// EMFILE, ENFILE.
 pub fn ends() -> io::Result<[OwnedFd; 2]> {
-    let (put, take) = crate::sys::scm::line_pair()?;
+    let (put, take) = scm::line_pair()?;
     Ok([put, take])
 }
 
@@ -209,13 +231,11 @@ mod tests {
     }
 
     #[test]
-    fn the_mark_of_one_that_was_killed_meanwhile_is_nobody_s() {
+    fn what_is_no_record_is_nobody_s() {
         let [put, take] = ends().unwrap();
         let (ours, far) = connection();
-        let nothing = memfd::create(c"pm-test").unwrap();
-        let mut other = MARK.to_vec();
-        other.extend([7; 12]);
-        fdpass::send(&put, &other, &[nothing.as_fd()]).unwrap();
+        let (nothing, _) = connection();
+        fdpass::send(&put, &[0xff; 20], &[nothing.as_fd()]).unwrap();
         fdpass::send(&put, &postcard::to_allocvec(&record(0)).unwrap(), &[ours.as_fd()]).unwrap();
         fdpass::send(&put, b"garbage", &[nothing.as_fd()]).unwrap();
         drop(ours);
@@ -225,6 +245,35 @@ mod tests {
         assert!(!is_closed(&far));
         shelf.discard_dropped();
         assert!(is_closed(&far), "nobody has it any more");
+        assert!(shelf.entries.is_empty());
+    }
+
+    #[test]
+    fn what_was_on_its_way_to_another_place_is_found_once_and_goes_as_a_whole() {
+        let [put, take] = ends().unwrap();
+        let all: Vec<(Handle, OwnedFd)> = (0..3).map(|_| connection()).collect();
+        let (mut shelf, _) = Shelf::adopt(put.try_clone().unwrap(), take.try_clone().unwrap());
+        for ((ours, _), seq) in all.iter().zip(1..) {
+            shelf.put(&record(seq), ours);
+        }
+        // Killed between the two steps of moving the first one; the second connection happens to have the same record.
+        for (moved, seq) in [(0, 1), (1, 1)] {
+            let bytes = postcard::to_allocvec(&record(seq)).unwrap();
+            fdpass::send(&put, &bytes, &[all[moved].0.as_fd()]).unwrap();
+        }
+        drop(shelf);
+        let far: Vec<OwnedFd> = all.into_iter().map(|(_, far)| far).collect();
+        let (mut shelf, found) = Shelf::adopt(put, take);
+        let seqs: Vec<u64> =
+            found.iter().map(|(record, _)| record.to.as_ref().map_or(0, |to| to.2)).collect();
+        assert_eq!(seqs, [1, 2, 3, 1], "two records of the second connection are two");
+        let first = &found[0].1;
+        shelf.remove(first);
+        assert!(!shelf.has(first));
+        drop(found);
+        shelf.discard_dropped();
+        assert!(far.iter().all(is_closed));
+        assert!(shelf.entries.is_empty());
     }
 
     #[test]

@@ -37,11 +37,19 @@ pub fn left_to_receive(socket: BorrowedFd<'_>) -> nix::Result<Option<usize>> {
     getsockopt(&socket, PeekOffset).map(|left| usize::try_from(left).ok())
 }
 
-/// Ends [`count_down`]: peeking begins at the front again.
+/// From now on each peek sees what is behind what the one before it saw, beginning at the front.
+///
+/// # Errors
+/// What setsockopt(2) says for something that is no unix socket.
+pub fn peek_on(socket: BorrowedFd<'_>) -> nix::Result<()> {
+    setsockopt(&socket, PeekOffset, &0)
+}
+
+/// Ends [`count_down`] and [`peek_on`]: every peek begins at the front again.
 ///
 /// # Errors
 /// As there.
-pub fn end_count_down(socket: BorrowedFd<'_>) -> nix::Result<()> {
+pub fn peek_at_front(socket: BorrowedFd<'_>) -> nix::Result<()> {
     setsockopt(&socket, PeekOffset, &-1)
 }
 
@@ -227,7 +235,7 @@ mod tests {
         assert_eq!(left_to_receive(copy.as_fd()), Ok(Some(3)));
         consume(ours.as_fd(), 3, &mut [0; 16]).unwrap();
         assert_eq!(left_to_receive(copy.as_fd()), Ok(Some(0)));
-        end_count_down(copy.as_fd()).unwrap();
+        peek_at_front(copy.as_fd()).unwrap();
         let mut buffer = [0; 16];
         for _ in 0..2 {
             let seen = peek(ours.as_fd(), &mut buffer).unwrap();
