@@ -45,6 +45,9 @@ use crate::sys::cgroup::root::{ROOT_VARIABLE, Root};
 use crate::sys::{clock, limits, memory, orphans, peer, poll};
 use crate::{dispatch, logs, node};
 
+/// Descriptors that there is room for from the beginning: hundreds of instances, and 33 KiB of the kernel's memory.
+const DESCRIPTOR_TABLE: u64 = 4096;
+
 /// The keeper's names of the two ends between which connections wait.
 const SHELF: [&str; 2] = ["shelf:in", "shelf:out"];
 
@@ -109,6 +112,10 @@ where
     let inventory = link.handshake()?;
     poll::ignore_sigxfsz().map_err(step("ignore SIGXFSZ"))?;
     limits::raise_open_files().map_err(step("raise the limit of open files"))?;
+    let table = DESCRIPTOR_TABLE.max(2 * u64::try_from(inventory.held.len()).unwrap_or(0));
+    if let Err(error) = limits::lengthen_descriptor_table(&link, table) {
+        tracing::warn!(%error, "accepting a connection may take long now and then");
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

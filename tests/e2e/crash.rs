@@ -185,6 +185,18 @@ fn keeper_has_one_thread_and_little_memory() {
 }
 
 #[test]
+fn no_supervisor_has_to_wait_in_accept_for_its_table_of_descriptors_to_grow() {
+    let home = Home::new();
+    home.ok(&["start", "sleep", "--", "1000"]);
+    let length = || process::status_figure(home.supervisor(), "FDSize");
+    assert_eq!(length(), 4096);
+    let old = home.supervisor();
+    process::end(old);
+    wait_until("the next one is up", PATIENT, || if home.supervisor() == old { Err(old) } else { Ok(()) });
+    assert_eq!(length(), 4096);
+}
+
+#[test]
 fn pain_16_children_get_no_descriptor_of_the_daemon() {
     let home = Home::new();
     let port = free_port();

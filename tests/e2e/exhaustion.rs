@@ -283,7 +283,7 @@ fn without_memory_a_supervisor_may_die_and_the_next_one_goes_on() {
     let home = Home::new();
     home.start(SLEEPER);
     let before = Alive::of(&home);
-    let size = process::status_kib(before.supervisor, "VmSize");
+    let size = process::status_figure(before.supervisor, "VmSize");
     // Nothing that is not mapped already.
     limit(&home, before.supervisor, &format!("--as={}:", size * 1024));
     // Larger than what an allocator has left over. Whatever becomes of it, it becomes of it in time.

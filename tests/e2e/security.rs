@@ -499,7 +499,7 @@ fn a_package_json_that_is_no_file_holds_nobody_up() {
             if process::alive(supervisor) { Err("the supervisor lives".to_owned()) } else { Ok(()) }
         });
         assert_eq!(home.row("app").pid, row.pid, "{what}");
-        assert!(process::status_kib(home.supervisor(), "VmHWM") < 512 << 10, "{what}");
+        assert!(process::status_figure(home.supervisor(), "VmHWM") < 512 << 10, "{what}");
     }
     home.ok(&["stop", "job"]);
 }

@@ -100,13 +100,13 @@ pub(crate) fn smaps_kib(pid: i32, field: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {field} in {text}"))
 }
 
-/// A figure of `/proc/<pid>/status`, in KiB.
-pub(crate) fn status_kib(pid: i32, field: &str) -> u64 {
+/// A figure of `/proc/<pid>/status`; sizes are in KiB.
+pub(crate) fn status_figure(pid: i32, field: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))
         .unwrap_or_else(|error| panic!("status of {pid}: {error}"));
     text.lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-        .and_then(|value| value.trim().strip_suffix("kB")?.trim().parse().ok())
+        .and_then(|value| value.trim_end_matches("kB").trim().parse().ok())
         .unwrap_or_else(|| panic!("no {field} in {text}"))
 }
 
