@@ -13,7 +13,7 @@ with its end in the stream of events, desired = actual, descriptors, threads and
 listeners are gone with the last descriptor, so apps are started again: then requests may fail until the app serves again and at no other time, runs may lose
 their last lines and no other, and a command may end without being done when it says so. All else is as above.
 """
-import argparse, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import argparse, collections, contextlib, json, os, random, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--pm", default="target/release/pm")
@@ -204,14 +204,24 @@ def figures(pid):
         status = dict(line.split(":", 1) for line in file)
     with open(f"/proc/{pid}/smaps_rollup") as file:
         own = next(int(line.split()[1]) for line in file if line.startswith("Pss_Anon:"))
-    return {"fds": len(os.listdir(f"/proc/{pid}/fd")), "threads": int(status["Threads"]), "own_kib": own}
+    return {"fds": len(descriptors(pid)), "threads": int(status["Threads"]), "own_kib": own}
+
+
+def descriptors(pid):
+    """What is open, by kind."""
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.append(re.sub(r"[0-9]+", "#", os.readlink(f"/proc/{pid}/fd/{fd}")))
+    return found
 
 
 def settled():
     pm("jlist")
     time.sleep(3)
     pong = json.loads(pm("ping", "--json").stdout)
-    return {"keeper": figures(pong["daemon_pid"]), "supervisor": figures(pong["supervisor_pid"])}
+    pids = {"keeper": pong["daemon_pid"], "supervisor": pong["supervisor_pid"]}
+    return {who: (figures(pid), collections.Counter(descriptors(pid))) for who, pid in pids.items()}
 
 
 def answered():
@@ -257,7 +267,7 @@ try:
     start = pm("start", "ecosystem.toml")
     assert start.returncode == 0, start.stdout + start.stderr
     lasting = [identity(row["pid"]) for name in ["web", "talk", "lines"] for row in rows(name)]
-    threads = [threading.Thread(target=client) for _ in range(options.clients)] + [threading.Thread(target=commander)]
+    threads = [threading.Thread(target=client) for _ in range(options.clients)]
     for thread in threads:
         thread.start()
     # One that has taken over holds what every later one holds.
@@ -267,11 +277,11 @@ try:
         """Kills; with nobody left waits until the app serves again."""
         global longest
         began = time.monotonic()
-        strikes.append(began)
         while not kill_one():
             time.sleep(0.01)
             if time.monotonic() > began + DOWN:
                 sys.exit("nobody is there to be killed:\n" + open(HOME + "/pm.log").read()[-2000:])
+        strikes.append(time.monotonic())
         if options.who != "both":
             return
         pm("resurrect")
@@ -287,7 +297,10 @@ try:
     strike()
     time.sleep(3)
     killed = 1
+    # The commands end with what they began with.
     before = settled()
+    threads.append(threading.Thread(target=commander))
+    threads[-1].start()
     while killed < options.kills:
         time.sleep(random.uniform(0, options.every))
         strike()
@@ -307,8 +320,10 @@ try:
           + (f", at most {longest:.1f} s until served again" if options.who == "both" else ""))
     bad = [(began, at, why) for began, at, why in failures if not any(begin <= at <= until for begin, until in down)]
     for began, at, why in bad[:20]:
-        number, near = min(enumerate(strikes), key=lambda strike: abs(strike[1] - at))
-        print(f"  failed: {why}, {(at - near) * 1e3:+.1f} ms from kill {number}, begun {(at - began) * 1e3:.1f} ms before")
+        past = [strike for strike in strikes if strike <= at]
+        clock = time.strftime("%H:%M:%S", time.gmtime(time.time() - time.monotonic() + at))
+        print(f"  failed: {why} at {clock}, {(at - past[-1]) * 1e3:.1f} ms after kill {len(past)}, "
+              f"begun {(at - began) * 1e3:.1f} ms before")
     for step, code, text in refused[:5]:
         print("  not done:", step, code, text.strip())
     if len(bad) > (killed if options.balance == "round-robin" and options.who == "supervisor" else 0):
@@ -361,9 +376,9 @@ try:
     if torn or missing or further == behind:
         broken.append("messages are lost")
     for who in ["keeper", "supervisor"]:
-        print(f"{who}: {before[who]} → {after[who]}")
-        grown = after[who]["own_kib"] - before[who]["own_kib"]
-        if after[who]["fds"] > before[who]["fds"] + 2 or after[who]["threads"] > before[who]["threads"] or grown > 1024:
+        (old, had), (new, has) = before[who], after[who]
+        print(f"{who}: {old} → {new}; more than before: {dict(has - had)}, fewer: {dict(had - has)}")
+        if new["fds"] > old["fds"] + 2 or new["threads"] > old["threads"] or new["own_kib"] > old["own_kib"] + 1024:
             broken.append(f"the {who} grows")
 finally:
     over.set()
