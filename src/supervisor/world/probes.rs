@@ -11,7 +11,7 @@ use crate::dispatch::Command;
 use crate::logs::pump::Watch;
 use crate::model::address::Place;
 use crate::model::id::InstanceId;
-use crate::model::spec::{AppSpec, Check};
+use crate::model::spec::{AppSpec, Check, Probe};
 use crate::policy::vocabulary::{Event, ProbeResult, ProbeRole};
 use crate::supervisor::probe::{self, Finding, Subject};
 use crate::sys::clock;
@@ -54,14 +54,18 @@ pub struct Heard {
     pub in_a_row: u32,
 }
 
+/// What an app's instances are asked for this.
+const fn probe_of(spec: &AppSpec, role: ProbeRole) -> Option<&Probe> {
+    match role {
+        ProbeRole::Ready => spec.ready.probe.as_ref(),
+        ProbeRole::Health => spec.health.as_ref(),
+    }
+}
+
 impl World {
     pub(super) fn probe(&mut self, id: InstanceId, role: ProbeRole, delay: Duration) {
         let Some(run) = self.runs.get(&id) else { return };
-        let probe = match role {
-            ProbeRole::Ready => &run.spec.ready.probe,
-            ProbeRole::Health => &run.spec.health,
-        };
-        let Some(probe) = probe.clone() else { return };
+        let Some(probe) = probe_of(&run.spec, role).cloned() else { return };
         if role == ProbeRole::Health {
             self.unwatch(&id);
         }
@@ -131,11 +135,7 @@ impl World {
     fn is_asked_by_way_of_the_cluster(&self, answer: &Finding) -> bool {
         let Finding { id, role, result, .. } = answer;
         let Some(run) = self.runs.get(id).filter(|run| run.spec.is_node_cluster()) else { return false };
-        let probe = match role {
-            ProbeRole::Ready => &run.spec.ready.probe,
-            ProbeRole::Health => &run.spec.health,
-        };
-        let place = probe.as_ref().and_then(|probe| probe::place(&probe.check, &run.env).ok()?);
+        let place = probe_of(&run.spec, *role).and_then(|probe| probe::place(&probe.check, &run.env).ok()?);
         let Some(Place::Tcp { port, .. }) = place else { return false };
         let listens = |run: &Run| run.open.iter().any(|open| open.query.port == Some(port.into()));
         let not_yet = (*role, *result) == (ProbeRole::Ready, ProbeResult::Failed);
